@@ -1,0 +1,40 @@
+"""Argument and shape checks, one voice: what was expected, what came, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TypeVar
+
+__all__ = ["at_least", "check_axes", "in_range", "one_of"]
+
+Value = TypeVar("Value")
+
+
+def at_least(name: str, value: int, low: int) -> int:
+    """Return ``value`` if it is an integer of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+    return value
+
+
+def in_range(name: str, value: float, low: float, high: float) -> float:
+    """Return ``value`` if it lies in ``[low, high]``; NaN does not."""
+    if not low <= value <= high:
+        raise ValueError(f"`{name}` must lie between {low} and {high}, got {value}.")
+    return value
+
+
+def one_of(name: str, value: Value, allowed: Collection[Value]) -> Value:
+    """Return ``value`` if it is among ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def check_axes(name: str, array: object, axes: int) -> None:
+    """Raise unless ``array`` has ``axes`` axes."""
+    shape = tuple(getattr(array, "shape", ()))
+    if len(shape) != axes:
+        raise ValueError(f"`{name}` must have {axes} axes, got shape {shape}.")
