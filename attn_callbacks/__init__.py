@@ -1,1 +1,58 @@
+"""See where the attention heads of a model look while it trains, and act on the bias that shows.
+
+Importing this package costs nothing: a public name brings torch or Lightning when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attn_callbacks.batch import BatchSchema
+    from attn_callbacks.bias import BiasReport
+    from attn_callbacks.callbacks import AttentionHeatmaps, BiasMonitor, HeadStatistics
+    from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder, record
+    from attn_callbacks.feedback import AttentionGuidance, ClassReweighting
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AttentionCall": "capture",
+    "AttentionGuidance": "feedback",
+    "AttentionHeatmaps": "callbacks",
+    "AttentionNotFoundError": "capture",
+    "AttentionRecorder": "capture",
+    "BatchSchema": "batch",
+    "BiasMonitor": "callbacks",
+    "BiasReport": "bias",
+    "ClassReweighting": "feedback",
+    "HeadStatistics": "callbacks",
+    "record": "capture",
+}
+
+__all__ = [
+    "AttentionCall",
+    "AttentionGuidance",
+    "AttentionHeatmaps",
+    "AttentionNotFoundError",
+    "AttentionRecorder",
+    "BatchSchema",
+    "BiasMonitor",
+    "BiasReport",
+    "ClassReweighting",
+    "HeadStatistics",
+    "record",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attn_callbacks' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"attn_callbacks.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -31,8 +31,8 @@ def attention_guidance(
 ) -> Tensor:
     r"""Penalise attention that misses the relevant keys or falls on the spurious ones.
 
-    The mass of a row on a set of keys is the share :math:`m = \sum_j r_j a_j / \sum_j a_j` of its weights on valid keys.
-    With :math:`u` the mass of a uniform row and :math:`h = m` (relevant) or :math:`h = 1 - m` (spurious),
+    The mass of a row on a set of keys is the share :math:`m = \sum_j r_j a_j / \sum_j a_j` of its weights on valid
+    keys. With :math:`u` the mass of a uniform row and :math:`h = m` (relevant) or :math:`h = 1 - m` (spurious),
 
     .. math::
         \ell_{\text{mass}} = 1 - h, \qquad \ell_{\log} = \frac{\log h}{\log h_u}, \quad h_u = u \text{ or } 1 - u
@@ -42,8 +42,9 @@ def attention_guidance(
     heads, then over layers, then over the samples that carry the annotation; the two terms add up. One pass over the
     weights, no second softmax.
 
-    Whoever has no annotation is never pushed: samples without a relevant (spurious) valid key, rows without weight on
-    valid keys and, for ``"log"``, samples whose every valid key is in the set leave the average.
+    No annotation is never a target of its own: samples without a relevant (spurious) valid key contribute nothing and
+    leave the average, as do rows without weight on valid keys. Where every valid key is in the set there is no choice:
+    the cost is 0 (relevant) or 1 (spurious), without a gradient.
 
     Args:
         weights: Attention weights after the softmax, of one layer or of several. Guidance of the last layer alone tends
@@ -53,7 +54,8 @@ def attention_guidance(
             also leaves out the rows of padding.
         spurious: Degree to which each key is spurious, boolean or in ``[0, 1]``; ``None`` suppresses nothing.
         form: ``"mass"`` or ``"log"``.
-        queries: ``"all"`` rows, or the ``"first"`` valid one, where the classification token sits.
+        queries: ``"all"`` rows, or the ``"first"`` valid one, where the classification token sits. In causal attention,
+            early rows that cannot reach a relevant key count as misses.
         reduction: ``"mean"`` over annotated samples (each term by its own number), ``"sum"`` or ``"none"``.
 
     Shape:
@@ -91,7 +93,7 @@ def attention_guidance(
         costs = [_layer_cost(layer, sets, form, queries) for layer in layers]
         seen = torch.stack([counts for _, counts in costs])  # (layers, batch)
         cost = torch.stack([cost for cost, _ in costs]).sum(dim=0) / seen.sum(dim=0).clamp(min=1)[:, None]
-        annotated = sets.annotated(form) & seen.any(dim=0)[:, None]
+        annotated = sets.present & seen.any(dim=0)[:, None]
         cost = torch.where(annotated, cost, 0.0)  # (batch, terms)
         if reduction == "none":
             return cost.sum(dim=1)
@@ -161,10 +163,6 @@ class _KeySets(NamedTuple):
     uniform: Tensor  # (batch, terms), share of a uniform row that falls on wanted keys
     present: Tensor  # (batch, terms), True for samples that carry the annotation
 
-    def annotated(self, form: str) -> Tensor:
-        """Tell which samples have something to be guided by, ``(batch, terms)``."""
-        return self.present if form == "mass" else self.present & (self.uniform < 1.0 - _FLOOR)
-
 
 def _as_layers(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
     layers = [weights] if isinstance(weights, Tensor) else list(weights)
@@ -212,7 +210,7 @@ def _layer_cost(layer: Tensor, sets: _KeySets, form: str, queries: str) -> tuple
         cost = 1 - hit
     else:
         uniform = _surprise(sets.uniform, floor)
-        cost = _surprise(hit, floor) / torch.where(sets.annotated(form), uniform, 1.0)[:, None, None]
+        cost = _surprise(hit, floor) / torch.where(uniform > _FLOOR, uniform, 1.0)[:, None, None]
     counted = total > _EMPTY_ROW  # (batch, heads, rows, 1)
     if kept is not None:
         counted = counted & kept[:, None, :, None]

@@ -202,7 +202,7 @@ def _exists(module: str) -> bool:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
-    """Import every module of ``LOADS`` in one fresh process; for each, its file or error, and all that is loaded by then."""
+    """Import every module of ``LOADS`` in one fresh process: its file, or the error, and what is loaded by then."""
     script = """
 import importlib, json, sys
 report = {}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from attn_callbacks.capture import flex
+from attn_callbacks.capture.rows import check_rows, row_chunks, take_rows
 
 __all__ = ["AttentionCall"]
 
@@ -21,9 +23,10 @@ _MASKED = -1e8
 class AttentionCall:
     """One call of attention inside a model's forward, ready to be asked for its weights.
 
-    Holds references to the tensors of the call, so nothing of size queries x keys exists until :meth:`weights` or
-    :meth:`logits` is asked for it. Everything asked is computed in float32 (or wider), with autocast switched off and
-    without dropout, and keeps the graph when the forward had one.
+    Comes from one of three sources: the arguments of a fused kernel (``query``, ``key``), the input of the model's own
+    softmax (``scores``), or weights that the model handed over (``recorded``). Holds references to these tensors, so
+    nothing of size queries x keys is built until it is asked for. Everything asked is computed in float32 (or wider),
+    with autocast switched off and without dropout, and keeps the graph when the forward had one.
 
     Args:
         name: Path of the module in which attention was called, such as ``encoder.layer.3.attention.self``.
@@ -31,7 +34,7 @@ class AttentionCall:
         is_cross: Queries and keys come from different sequences.
         query: Queries as the kernel received them, after projection, normalisation and rotation.
         key: Keys; under grouped-query attention with fewer heads than ``query``.
-        value: Values.
+        value: Values; ``None`` where they were not seen.
         mask: ``True`` = may attend, or an additive bias.
         is_causal: Query ``i`` may attend to keys ``0..i`` (aligned at the first query, as in PyTorch).
         scale: Factor on the scores; ``None`` is ``1 / sqrt(head_dim)``.
@@ -39,7 +42,7 @@ class AttentionCall:
         score_mod: FlexAttention's function of a score and its position.
         mask_mod: FlexAttention's function of a position: ``True`` = may attend.
         scores: For attention without a fused kernel: the input of its softmax, mask included.
-        recorded: For :func:`attn_callbacks.record`: the weights themselves.
+        recorded: For :func:`attn_callbacks.record`, and for weights behind a virtual key: the weights themselves.
         given_query_valid: What :attr:`query_valid` answers; ``None`` derives it from the mask.
         given_key_valid: What :attr:`key_valid` answers; ``None`` derives it from the mask.
 
@@ -48,6 +51,9 @@ class AttentionCall:
         - key, value: ``(batch, key_heads, keys, head_dim)``
         - mask: broadcastable to ``(batch, heads, queries, keys)``
         - scores, recorded: ``(batch, heads, queries, keys)``
+
+    Raises:
+        ValueError: If there is not exactly one source.
 
     Example:
         >>> tokens = torch.zeros(1, 2, 3, 4)
@@ -75,20 +81,28 @@ class AttentionCall:
     given_query_valid: Tensor | None = None
     given_key_valid: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        given = [name for name in ("query", "scores", "recorded") if getattr(self, name) is not None]
+        if len(given) != 1 or (self.query is None) != (self.key is None):
+            given += ["key"] if self.key is not None else []
+            raise ValueError(
+                "`AttentionCall` needs one source, `query` and `key`, or `scores`, or `recorded`; "
+                f"got {' and '.join(f'`{name}`' for name in given) or 'none'}."
+            )
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """``(batch, heads, queries, keys)`` of the weights."""
-        seen = self.scores if self.scores is not None else self.recorded
-        if seen is not None:
-            batch, heads, queries, keys = seen.shape
+        if self.query is None or self.key is None:
+            batch, heads, queries, keys = self._source.shape
             return batch, heads, queries, keys
-        query, key = self._fused()
-        return max(query.shape[0], key.shape[0]), query.shape[1], query.shape[2], key.shape[2]
+        batch, heads = (max(pair) for pair in zip(self.query.shape[:2], self.key.shape[:2], strict=True))
+        return batch, heads, self.query.shape[2], self.key.shape[2]
 
     @property
     def device(self) -> torch.device:
         """Where the tensors of the call live."""
-        return self._any_tensor().device
+        return self._source.device
 
     @property
     def requires_grad(self) -> bool:
@@ -100,8 +114,8 @@ class AttentionCall:
     def query_valid(self) -> Tensor:
         """``(batch, queries)``: ``True`` where the query is a token and not padding.
 
-        Self-attention takes it from the keys; a mask says nothing about the queries of cross-attention, which then
-        all count as tokens. :meth:`with_valid` tells better.
+        Self-attention takes it from the keys; a mask says nothing about the queries of cross-attention, nor about those
+        of a sequence that attends to a cache, which then all count as tokens. :meth:`with_valid` tells better.
         """
         batch, _, queries, keys = self.shape
         if self.given_query_valid is not None:
@@ -115,8 +129,12 @@ class AttentionCall:
         """``(batch, keys)``: ``True`` where some query may attend to the key."""
         if self.given_key_valid is not None:
             return self.given_key_valid
-        batch, _, _, keys = self.shape
-        return self._mask_allows(None).any(dim=-2).any(dim=1).expand(batch, keys)
+        batch, _, queries, keys = self.shape
+        # a mask function has no tensor yet: build its answers for some rows at a time
+        chunks = row_chunks(queries, self.device) if self.mask_mod is not None else [None]
+        seen = [self._unmasked(rows).any(dim=-2).any(dim=1) for rows in chunks]
+        valid = torch.stack(seen).any(dim=0).expand(batch, keys)
+        return valid & (torch.arange(keys, device=self.device) < queries) if self.is_causal else valid
 
     def with_valid(self, queries: Tensor | None = None, keys: Tensor | None = None) -> AttentionCall:
         """Return this call with known validity of its tokens.
@@ -127,13 +145,27 @@ class AttentionCall:
         """
         return replace(self, given_query_valid=queries, given_key_valid=keys)
 
+    def select(self, sample: int) -> AttentionCall:
+        """Return the call for one entry of the batch axis, which stays with length one."""
+        batch = self.shape[0]
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        own = {name: tensor[sample : sample + 1] for name, tensor in tensors.items() if len(tensor) == batch}
+        mods = {"score_mod": flex.at_sample(self.score_mod, sample, 1), "mask_mod": flex.at_sample(self.mask_mod, sample, 0)}
+        return replace(self, **own, **mods)
+
+    def detach(self) -> AttentionCall:
+        """Return this call without its graph."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})
+
     def allowed(self, rows: Tensor | None = None) -> Tensor:
         """Where a query may attend: bool, broadcastable to ``(batch, heads, rows, keys)``.
 
         Args:
-            rows: Indices of the wanted queries, ``(rows,)`` or, one list a sample, ``(batch, rows)``; ``None``: all.
+            rows: As in :meth:`weights`.
         """
-        allowed = self._mask_allows(rows)
+        rows = check_rows(rows, self.shape, self.device)
+        allowed = self._unmasked(rows)
         if not self.is_causal:
             return allowed
         _, _, queries, keys = self.shape
@@ -145,20 +177,23 @@ class AttentionCall:
         """Scores before the softmax, ``-inf`` where a query may not attend; ``None`` for recorded weights.
 
         Args:
-            rows: As in :meth:`allowed`.
+            rows: As in :meth:`weights`.
 
         Shape:
             - output: ``(batch, heads, rows, keys)``, float32 or wider
         """
         if self.recorded is not None:
             return None
+        rows = check_rows(rows, self.shape, self.device)
         with torch.autocast(self.device.type, enabled=False):  # would cast float() @ float() down again
-            return self._raw_scores(rows).masked_fill(~self.allowed(rows), -math.inf)
+            scores = self._fused_scores(rows) if self.scores is None else _wide(take_rows(self.scores, rows))
+            return scores.masked_fill(~self.allowed(rows), -math.inf)
 
     def weights(self, rows: Tensor | None = None) -> Tensor:
         """Attention weights without dropout: rows sum to one, rows without any allowed key are zero.
 
-        Costs memory and time of ``rows x keys`` a head; ask for some rows of a long sequence.
+        Costs memory and time of ``rows x keys`` a head; ask for some rows of a long sequence. Where the model's softmax
+        includes a virtual key (a learned sink), rows sum to what is left for the others.
 
         Args:
             rows: Indices of the wanted queries, ``(rows,)`` or, one list a sample, ``(batch, rows)``; ``None``: all.
@@ -167,76 +202,70 @@ class AttentionCall:
             - output: ``(batch, heads, rows, keys)``, float32 or wider
 
         Raises:
-            ValueError: If ``rows`` has more than two axes.
+            ValueError: If ``rows`` has neither of the two shapes.
         """
-        logits = self.logits(rows)
-        if logits is None:
-            return self._recorded_rows(rows)
+        if self.recorded is not None:
+            return _wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
+        logits = cast(Tensor, self.logits(rows))
         dead = logits.detach().amax(dim=-1, keepdim=True) == -math.inf
         # zeros, not -inf, in rows without keys: a softmax of -inf alone is NaN, and so is its gradient
         return torch.softmax(logits.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
 
-    def _any_tensor(self) -> Tensor:
-        tensor = next((t for t in (self.query, self.scores, self.recorded) if t is not None), None)
-        if tensor is None:
-            raise ValueError("`AttentionCall` needs `query` and `key`, or `scores`, or `recorded`; got none of them.")
-        return tensor
+    def bucketed_weights(self, query_buckets: int, key_buckets: int) -> Tensor:
+        """Pool the weights: mean over the valid queries of each bucket, sum over the keys of each bucket.
 
-    def _fused(self) -> tuple[Tensor, Tensor]:
-        if self.query is None or self.key is None:
-            raise ValueError("`AttentionCall` needs `query` and `key`, or `scores`, or `recorded`; got none of them.")
-        return self.query, self.key
+        Rows of queries still sum to one (to zero where a bucket has no valid query). Exact; works on a few rows at a
+        time, so that a long sequence needs no memory of ``queries x keys``.
 
-    def _recorded_rows(self, rows: Tensor | None) -> Tensor:
-        recorded = _take(_wide(_present(self.recorded)), rows)
-        return recorded.nan_to_num(0.0)
+        Args:
+            query_buckets: Number of equal parts of the queries, at most as many as there are queries.
+            key_buckets: Likewise of the keys.
 
-    def _raw_scores(self, rows: Tensor | None) -> Tensor:
-        if self.scores is not None:
-            return _wide(_take(self.scores, rows))
-        query, key = self._fused()
-        query, key = _wide(_take(query, rows)), _wide(key)
-        if key.shape[1] != query.shape[1]:
+        Shape:
+            - output: ``(batch, heads, query_buckets, key_buckets)``
+        """
+        batch, heads, queries, keys = self.shape
+        places = torch.arange(queries, device=self.device) * query_buckets // queries
+        columns = torch.arange(keys, device=self.device) * key_buckets // keys
+        valid = self.query_valid
+        total = torch.zeros(batch, heads, query_buckets, key_buckets, device=self.device)
+        count = torch.zeros(batch, heads, query_buckets, device=self.device)
+        for rows in row_chunks(queries, self.device):
+            weights = self.weights(rows).float() * valid[:, None, rows, None]
+            pooled = weights.new_zeros(batch, heads, len(rows), key_buckets).index_add_(-1, columns, weights)
+            total.index_add_(2, places[rows], pooled)
+            count.index_add_(2, places[rows], (weights.sum(dim=-1) > 0).float())
+        return total / count.clamp_min(1.0)[..., None]
+
+    @property
+    def _source(self) -> Tensor:
+        return next(tensor for tensor in (self.query, self.scores, self.recorded) if tensor is not None)
+
+    def _fused_scores(self, rows: Tensor | None) -> Tensor:
+        """What the kernel computes before its softmax, boolean masks left aside."""
+        query, key = _wide(take_rows(cast(Tensor, self.query), rows)), _wide(cast(Tensor, self.key))
+        if 1 < key.shape[1] < query.shape[1]:
             key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scale = 1.0 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
         scores = (query @ key.transpose(-2, -1)) * scale
         if self.mask is not None and self.mask.is_floating_point():
-            scores = scores + _wide(_take(self.mask, rows))
+            scores = scores + _wide(take_rows(self.mask, rows))
         if self.score_mod is not None:
             scores = flex.modified_scores(self.score_mod, scores, rows)
         return scores
 
-    def _mask_allows(self, rows: Tensor | None) -> Tensor:
-        """What the masks allow, ``is_causal`` left aside."""
+    def _unmasked(self, rows: Tensor | None) -> Tensor:
+        """Where the masks let a query attend, ``is_causal`` left aside."""
         if self.recorded is not None:
-            return _take(self.recorded, rows) > 0
-        additive = self.scores if self.scores is not None else self.mask
+            return take_rows(self.recorded, rows) > 0
         if self.mask_mod is not None:
             return flex.allowed(self.mask_mod, self.shape, rows, self.device)
-        if additive is None:
+        mask = self.mask if self.scores is None else self.scores
+        if mask is None:
             return torch.ones(1, 1, 1, self.shape[-1], dtype=torch.bool, device=self.device)
-        taken = _take(additive, rows)
+        taken = take_rows(mask, rows)
         return taken if taken.dtype == torch.bool else taken > max(_MASKED, torch.finfo(taken.dtype).min / 2)
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    if tensor is None:
-        raise ValueError("`AttentionCall` holds no recorded weights.")
-    return tensor
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """Rows of a ``(batch | 1, heads | 1, queries | 1, n)`` tensor; a broadcast query axis stays as it is."""
-    if rows is None or tensor.shape[-2] == 1:
-        return tensor
-    if rows.ndim == 1:
-        return tensor.index_select(-2, rows.to(tensor.device))
-    if rows.ndim != 2:
-        raise ValueError(f"`rows` must have shape (rows,) or (batch, rows), got {tuple(rows.shape)}.")
-    wide = tensor.expand(len(rows), -1, -1, -1)
-    index = rows.to(tensor.device)[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[-1])
-    return wide.gather(-2, index)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,26 +11,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_callbacks.capture.call import AttentionCall
+from attn_callbacks.capture.fused import four_axes
 
-__all__ = ["PRODUCTS", "SOFTMAXES", "SoftmaxWatch", "four_axes"]
+__all__ = ["SOFTMAXES", "SoftmaxWatch", "share_memory"]
 
 SOFTMAXES = frozenset({F.softmax, torch.softmax, torch.special.softmax, Tensor.softmax})
-PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.einsum})
-_DROPOUTS = frozenset({F.dropout, torch.dropout, nn.functional.alpha_dropout})
+_PRODUCTS = frozenset({torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm})
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 _KEPT = 4  # softmax results that may wait for their product; a model uses one right away
+
+
+@dataclass(eq=False)
+class _Softmax:
+    scores: Tensor | None  # None once some keys were cut off: then only the weights are known
 
 
 class SoftmaxWatch:
     """Follow the results of softmax until a product with values shows that they were attention weights.
 
-    A gate or a classifier also takes a softmax over the last axis; only a product with a second tensor that has the
-    same batch axes makes it attention.
+    A gate or a classifier also takes a softmax over the last axis; only a product that sums over that axis, with a
+    second tensor of the same batch that knows nothing of the queries, makes it attention.
+
+    Args:
+        emit: Receives each call, and the weights that the model multiplied with its values.
     """
 
-    def __init__(self, emit: Callable[[AttentionCall], None]) -> None:
+    def __init__(self, emit: Callable[[AttentionCall, Tensor], None]) -> None:
         self._emit = emit
-        self._waiting: list[tuple[Tensor, AttentionCall]] = []
+        self._waiting: list[tuple[Tensor, _Softmax]] = []
 
     @property
     def pending(self) -> bool:
@@ -39,61 +48,81 @@ class SoftmaxWatch:
     def made(self, output: Tensor, scores: Tensor, dim: int | None = None, *_: Any, **__: Any) -> None:
         """Remember a softmax over the last axis of at least three."""
         if scores.ndim >= 3 and dim in (-1, scores.ndim - 1):
-            self._wait(output, AttentionCall(name="", scores=scores))
+            self._wait(output, _Softmax(scores))
 
-    def forget(self, weights: Tensor) -> None:
-        """Drop ``weights`` from what is followed."""
-        self._waiting = [(tensor, call) for tensor, call in self._waiting if tensor is not weights]
-
-    def used(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, module: Any) -> None:
-        """See what a function did with the results that wait."""
+    def used(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, modules: Iterable[nn.Module]
+    ) -> None:
+        """See what a function did with the results that wait, inside ``modules`` (innermost first)."""
         operands = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
             operands = list(args[1])
-        position, call = self._find(operands)
-        if call is None:
+        position, softmax = self._find(operands)
+        if softmax is None or not isinstance(output, Tensor):
             return
-        if func in PRODUCTS:
-            others = operands[:position] + operands[position + 1 :]
-            if others and (func is torch.einsum or _same_batch(operands[position], others[0], position)):
-                self.forget(operands[position])
-                self._emit(_by_head(call, module))
-        elif isinstance(output, Tensor) and output is not operands[position]:
-            self._follow(func, operands[position], call, output)
+        weights = operands[position]
+        if func is torch.einsum:
+            attends = isinstance(args[0], str) and _einsum_attends(args[0], position)
+        else:
+            attends = func in _PRODUCTS and _product_attends(operands, position)
+        if attends:
+            self.forget(weights)
+            if softmax.scores is None:
+                self._emit(AttentionCall(name="", recorded=_by_head(weights, modules)), weights)
+            else:
+                self._emit(AttentionCall(name="", scores=_by_head(softmax.scores, modules)), weights)
+        elif output is not weights:
+            self._follow(func, weights, softmax, output)
 
-    def _follow(self, func: Any, weights: Tensor, call: AttentionCall, output: Tensor) -> None:
-        if output.shape == weights.shape:  # dropout, a cast: the weights of interest are the ones before
-            self._wait(output, call)
+    def forget(self, weights: Tensor) -> None:
+        """Drop the softmax that ``weights`` came from, also where a dropout or a view of it waits."""
+        found = [softmax for waiting, softmax in self._waiting if share_memory(waiting, weights)]
+        self._waiting = [entry for entry in self._waiting if entry[1] not in found]
+
+    def _follow(self, func: Any, weights: Tensor, softmax: _Softmax, output: Tensor) -> None:
+        same_maps = output.numel() == weights.numel() and output.shape[-2:] == weights.shape[-2:]
+        if same_maps:  # dropout, a cast, heads folded into the batch: the weights of interest are the ones before
+            self._wait(output, softmax)
         elif func is Tensor.__getitem__ and output.ndim == weights.ndim:  # a virtual sink key was cut off
-            self._wait(output, AttentionCall(name="", recorded=output))
+            self._wait(output, _Softmax(None))
 
-    def _wait(self, weights: Tensor, call: AttentionCall) -> None:
-        self._waiting = [*self._waiting[1 - _KEPT :], (weights, call)]
+    def _wait(self, weights: Tensor, softmax: _Softmax) -> None:
+        self._waiting = [*self._waiting[1 - _KEPT :], (weights, softmax)]
 
-    def _find(self, operands: list[Tensor]) -> tuple[int, AttentionCall | None]:
+    def _find(self, operands: list[Tensor]) -> tuple[int, _Softmax | None]:
         for position, operand in enumerate(operands):
-            for weights, call in reversed(self._waiting):
+            for weights, softmax in reversed(self._waiting):
                 if operand is weights:
-                    return position, call
+                    return position, softmax
         return -1, None
 
 
-def four_axes(tensor: Tensor) -> Tensor:
-    """View ``(..., heads, queries, n)`` as ``(batch, heads, queries, n)``; three axes are a batch of one head."""
-    if tensor.ndim == 3:
-        return tensor[:, None]
-    return tensor if tensor.ndim == 4 else tensor.flatten(0, -4)
+def share_memory(tensor: Tensor, other: Tensor) -> bool:
+    """Tell whether one tensor is the other, or a view of it."""
+    return tensor is other or tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-def _same_batch(weights: Tensor, values: Tensor, position: int) -> bool:
-    return position == 0 and values.ndim == weights.ndim and values.shape[-2] == weights.shape[-1]
+def _product_attends(operands: list[Tensor], position: int) -> bool:
+    """``weights @ values`` with values that have the axes of the weights, one value a key."""
+    weights, others = operands[position], operands[position + 1 :]
+    return position == 0 and bool(others) and others[0].ndim == weights.ndim
 
 
-def _by_head(call: AttentionCall, module: Any) -> AttentionCall:
-    field = "scores" if call.scores is not None else "recorded"
-    seen: Tensor = getattr(call, field)
-    if seen.ndim == 3:  # (batch * heads, queries, keys) or a single head: the module says how many
-        heads = next((getattr(module, n) for n in _HEAD_COUNTS if isinstance(getattr(module, n, None), int)), 1)
-        split = heads if heads > 0 and len(seen) % heads == 0 else 1
-        return AttentionCall(name="", **{field: seen.reshape(-1, split, *seen.shape[1:])})
-    return AttentionCall(name="", **{field: four_axes(seen)})
+def _einsum_attends(equation: str, position: int) -> bool:
+    """The equation sums over the keys of its operand, batch for batch, and leaves its queries to it alone."""
+    inputs, _, output = equation.replace(" ", "").replace("...", ".").partition("->")
+    terms = inputs.split(",")
+    weights, others = terms[position], "".join(terms[:position] + terms[position + 1 :])
+    query, key = weights[-2], weights[-1]
+    result = output if "->" in equation else "".join(axis for axis in inputs if inputs.count(axis) == 1)
+    return key in others and key not in result and query not in others and query in result and weights[0] in others
+
+
+def _by_head(maps: Tensor, modules: Iterable[nn.Module]) -> Tensor:
+    """Give scores or weights four axes."""
+    if maps.ndim != 3:
+        return four_axes(maps)
+    # (batch * heads, queries, keys), or one head: the module says how many
+    counts = (getattr(module, name, None) for module in modules for name in _HEAD_COUNTS)
+    heads = next((count for count in counts if isinstance(count, int) and count > 0), 1)
+    return maps.reshape(-1, heads if len(maps) % heads == 0 else 1, *maps.shape[1:])

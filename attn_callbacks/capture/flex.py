@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["allowed", "modified_scores"]
+__all__ = ["allowed", "at_sample", "modified_scores"]
 
 
 def modified_scores(score_mod: Callable[..., Tensor], scores: Tensor, rows: Tensor | None) -> Tensor:
@@ -15,19 +15,30 @@ def modified_scores(score_mod: Callable[..., Tensor], scores: Tensor, rows: Tens
     return _over_positions(score_mod, scores.shape, rows, scores.device, scores)
 
 
-def allowed(
-    mask_mod: Callable[..., Tensor], shape: Sequence[int], rows: Tensor | None, device: torch.device
-) -> Tensor:
+def allowed(mask_mod: Callable[..., Tensor], shape: Sequence[int], rows: Tensor | None, device: torch.device) -> Tensor:
     """Evaluate ``mask_mod(batch, head, query, key)``: bool ``(batch, heads, rows, keys)``."""
     batch, heads, queries, keys = shape
     wanted = queries if rows is None else rows.shape[-1]
     return _over_positions(mask_mod, (batch, heads, wanted, keys), rows, device)
 
 
+def at_sample(function: Callable[..., Tensor] | None, sample: int, before: int) -> Callable[..., Tensor] | None:
+    """Fix the batch index of a function of positions at ``sample``; ``before`` arguments come ahead of that index."""
+    if function is None:
+        return None
+    inner = function
+
+    def fixed(*arguments: Tensor) -> Tensor:
+        batch = torch.full_like(arguments[before], sample)
+        return inner(*arguments[:before], batch, *arguments[before + 1 :])
+
+    return fixed
+
+
 def _over_positions(
     function: Callable[..., Tensor], shape: Sequence[int], rows: Tensor | None, device: torch.device, *scores: Tensor
 ) -> Tensor:
-    # the functions index tensors by position, which vmap alone refuses; PyTorch's own `create_mask` enters this mode too
+    # the functions index tensors by position, which vmap alone refuses; PyTorch's own `create_mask` enters this too
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     batch, heads, wanted, keys = (torch.arange(size, device=device) for size in shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.scope import ModuleScope
+from attn_callbacks.capture.shared import Shared
 from attn_callbacks.capture.sites import AttentionSites
 
 __all__ = ["AttentionNotFoundError", "AttentionRecorder", "record"]
@@ -26,9 +27,11 @@ class AttentionNotFoundError(RuntimeError):
 class _Active(threading.local):
     def __init__(self) -> None:
         self.recorders: list[AttentionRecorder] = []
+        self.paused = False
 
 
 _active = _Active()
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
 class AttentionRecorder:
@@ -41,16 +44,21 @@ class AttentionRecorder:
     inside the block and keeps its compiled graphs for afterwards. Nothing remains installed after the block.
 
     Costs 2-3 microseconds for each torch function that the model calls, and the memory of queries, keys and values of
-    the calls that are kept; ``on_call`` keeps none.
+    the calls that are kept; ``on_call`` keeps none. Recorders nest; one that was entered later leaves earlier.
+
+    Not seen: nested tensors outside of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention``, scripted and exported
+    modules, kernels that are not torch functions (flash-attn, xformers), and other threads.
 
     Args:
-        model: The model, or a module around it; paths below it become names.
+        model: The model, or a module around it; paths below it become names. Attention of other models is not recorded.
         layers: Names or glob patterns of the modules to record; a name includes everything below it. ``None``: all.
-        on_call: Receives each call when its module returns, in place of :attr:`calls`.
+        on_call: Receives each call when its module returns, in place of :attr:`calls`. Attention that it computes
+            itself is not recorded.
 
     Raises:
         AttentionNotFoundError: On leaving the block, if the model ran and no attention was seen.
-        ValueError: If an entry of ``layers`` matches no module, or (on leaving the block) no attention.
+        TypeError: If ``model`` is no module, or ``layers`` a single string.
+        ValueError: On leaving the block, if the model ran and an entry of ``layers`` matched none of its attention.
 
     Example:
         >>> model = nn.MultiheadAttention(8, num_heads=2, batch_first=True)
@@ -76,8 +84,9 @@ class AttentionRecorder:
         self.on_call = on_call
         self._kept: list[tuple[int, AttentionCall]] = []
         self._seen: dict[str, None] = {}  # an ordered set
+        self._sites: AttentionSites | None = None
+        self._scope: ModuleScope | None = None
         self._exit: ExitStack | None = None
-        self._paused = False
 
     @property
     def calls(self) -> tuple[AttentionCall, ...]:
@@ -94,14 +103,12 @@ class AttentionRecorder:
             raise RuntimeError("`AttentionRecorder` is already recording; make a second one to nest.")
         self._kept, self._seen = [], {}
         self._scope = ModuleScope(self.model, self._deliver)
-        self._sites = AttentionSites(self._scope, self._add)
+        self._sites = AttentionSites(self._scope, self._add, lambda: _active.paused)
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take a second
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for handle in self._scope.open():
-                stack.callback(handle.remove)
-            stack.enter_context(self._sites.native_path_open())
-            stack.enter_context(self._sites)
+                stack.enter_context(_EAGER.held())
+            stack.enter_context(self._scope.open())
+            stack.enter_context(self._sites.open())
             _active.recorders.append(self)
             stack.callback(_active.recorders.remove, self)
             self._exit = stack.pop_all()
@@ -111,18 +118,24 @@ class AttentionRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack, self._exit = self._exit, None
+        scope, self._scope = self._scope, None
+        self._sites = None  # holds tensors
         if stack is not None:
             stack.close()
-        if kind is None and self._scope.entered:
+        if kind is None and scope is not None and scope.entered:
             self._check_found()
 
-    def _add(self, call: AttentionCall) -> None:
-        if not self._paused:
-            self._scope.add(call)
+    def _add(self, call: AttentionCall, weights: Tensor | None = None) -> None:
+        # inside backward, activation checkpointing runs the forward a second time: the first was counted
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._scope is not None and not in_backward and not _active.paused:
+            self._scope.add(call if torch.is_grad_enabled() else call.detach(), weights)
 
     def _record(self, name: str, weights: Tensor) -> None:
-        self._sites.forget(weights)
-        self._add(AttentionCall(name=name, recorded=weights if torch.is_grad_enabled() else weights.detach()))
+        if self._scope is not None and self._sites is not None:
+            self._sites.forget(weights)
+            self._scope.forget(weights)
+        self._add(AttentionCall(name=name, recorded=weights))
 
     def _deliver(self, order: int, call: AttentionCall) -> None:
         self._seen.setdefault(call.name)
@@ -131,11 +144,11 @@ class AttentionRecorder:
         if self.on_call is None:
             self._kept.append((order, call))
             return
-        self._paused = True  # what the receiver computes is not the model's attention
+        _active.paused = True  # what the receiver computes is not the model's, for no recorder of this thread
         try:
             self.on_call(call)
         finally:
-            self._paused = False
+            _active.paused = False
 
     def _check_found(self) -> None:
         if not self._seen:
@@ -155,11 +168,13 @@ class AttentionRecorder:
 def record(name: str, weights: Tensor) -> None:
     """Show attention weights to the recorders that are active; without one, do nothing.
 
-    For models that compute attention in a way no recorder recognises: one line where the weights exist.
+    For models that compute attention in a way no recorder recognises: one line where the weights exist. A softmax that
+    a recorder recognises by itself is not counted twice.
 
     Args:
         name: A short name; the path of the executing module is put in front.
-        weights: Attention weights before dropout, rows sum to one; rows of zeros are invalid.
+        weights: Attention weights before dropout, rows sum to one; rows of zeros are invalid. Give the tensor that the
+            model computed, or a view of it.
 
     Shape:
         - weights: ``(batch, heads, queries, keys)``

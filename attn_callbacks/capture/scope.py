@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from attn_callbacks.capture.call import AttentionCall
+from attn_callbacks.capture.eager import share_memory
 
 __all__ = ["ModuleScope"]
 
@@ -23,10 +24,18 @@ _OTHER_SEQUENCE = frozenset({"key_value_states", "encoder_hidden_states", "memor
 
 
 @dataclass
+class _Pending:
+    order: int
+    call: AttentionCall
+    weights: Tensor | None  # what the model's own softmax gave, to recognise it in `record`
+
+
+@dataclass
 class _Frame:
     module: nn.Module
-    name: str | None  # None: not a module of the watched model
-    calls: list[tuple[int, AttentionCall]] = field(default_factory=list)
+    name: str | None  # None: the module is not the model's
+    is_foreign: bool = False
+    calls: list[_Pending] = field(default_factory=list)
 
 
 class ModuleScope:
@@ -37,7 +46,8 @@ class ModuleScope:
 
     Args:
         model: The model whose module paths become names.
-        deliver: Called as ``deliver(order, call)`` once the module in which a call happened has returned.
+        deliver: Called as ``deliver(order, call)`` once the module in which a call happened has returned; not after an
+            exception in it.
     """
 
     def __init__(self, model: nn.Module, deliver: Callable[[int, AttentionCall], None]) -> None:
@@ -50,57 +60,85 @@ class ModuleScope:
         self._counts: Counter[str] = Counter()
         self._order = 0
 
-    def open(self) -> tuple[RemovableHandle, RemovableHandle]:
-        """Install the two hooks; remove the returned handles to close the scope."""
-        return (
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        )
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Follow modules for the length of a ``with`` block."""
+        entering = register_module_forward_pre_hook(self._enter)
+        leaving = register_module_forward_hook(self._leave, with_kwargs=True, always_call=True)
+        try:
+            yield
+        finally:
+            entering.remove()
+            leaving.remove()
 
     @property
     def module(self) -> nn.Module | None:
         """The innermost executing module; ``None`` outside of all modules."""
         return self._frames[-1].module if self._frames else None
 
-    def watches_this_thread(self) -> bool:
-        """Tell whether the caller runs in the thread that opened the scope."""
-        return threading.get_ident() == self._thread
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the executing modules, from the innermost to the first that has a name."""
+        for frame in reversed(self._frames):
+            yield frame.module
+            if frame.name is not None:
+                return
 
-    def add(self, call: AttentionCall) -> None:
-        """Name ``call`` after the executing module (a name it already has becomes the last part)."""
+    def add(self, call: AttentionCall, weights: Tensor | None = None) -> None:
+        """Name ``call`` after the executing module (a name it already has becomes the last part).
+
+        Args:
+            call: What was seen.
+            weights: By which :meth:`forget` recognises the call.
+        """
+        if self._frames and self._frames[-1].is_foreign:
+            return
+        self._order += 1
         frame = next((frame for frame in reversed(self._frames) if frame.name is not None), None)
-        if frame is None and self._frames:
-            return  # a module of some other model
         path = "" if frame is None or frame.name is None else frame.name
         name = ".".join(part for part in (path, call.name) if part) or type(self._root).__name__
-        named = replace(call, name=name, index=self._counts[name])
-        self._counts[name] += 1
-        self._order += 1
+        pending = _Pending(self._order, replace(call, name=name), weights)
         if frame is None:
-            self._deliver(self._order, named)
+            self._deliver_indexed(pending, is_cross=call.is_cross)
         else:
-            frame.calls.append((self._order, named))
+            frame.calls.append(pending)
+
+    def forget(self, weights: Tensor) -> None:
+        """Drop the call that was added with ``weights``, if its module has not returned yet."""
+        for frame in self._frames:
+            frame.calls = [c for c in frame.calls if c.weights is None or not share_memory(c.weights, weights)]
+
+    def _deliver_indexed(self, pending: _Pending, is_cross: bool) -> None:
+        name = pending.call.name
+        call = replace(pending.call, index=self._counts[name], is_cross=is_cross)
+        self._counts[name] += 1
+        self._deliver(pending.order, call)
 
     def _enter(self, module: nn.Module, _args: Any) -> None:
-        if not self.watches_this_thread():
+        if threading.get_ident() != self._thread:
             return
         name = self._paths.get(id(module))
         self.entered = self.entered or name is not None
         if module is self._root and not any(frame.module is module for frame in self._frames):
             self._counts.clear()  # a new forward
-        self._frames.append(_Frame(module, name))
+        self._frames.append(_Frame(module, name, is_foreign=name is None and self._is_foreign(module)))
+
+    def _is_foreign(self, module: nn.Module) -> bool:
+        """Something else's module, as a teacher is; a module made on the fly to compute something is not."""
+        inherited = not self._frames or self._frames[-1].is_foreign
+        return inherited or next(module.parameters(), None) is not None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if not self.watches_this_thread() or not any(frame.module is module for frame in self._frames):
+        if threading.get_ident() != self._thread or not any(frame.module is module for frame in self._frames):
             return
-        kwargs = rest[0] if len(rest) == 2 else {}  # after an exception torch passes no keyword arguments
-        while self._frames:
+        while True:  # frames above the module's own are left over from an exception that torch has no hook for
             frame = self._frames.pop()
-            for order, call in frame.calls:
-                is_cross = call.is_cross or (frame.module is module and _reads_other_sequence(module, args, kwargs))
-                self._deliver(order, replace(call, is_cross=is_cross))
             if frame.module is module:
-                return
+                break
+        if len(rest) == 1 or not frame.calls:  # after an exception torch passes the result alone
+            return
+        crosses = _reads_other_sequence(module, args, rest[0])
+        for pending in frame.calls:
+            self._deliver_indexed(pending, is_cross=pending.call.is_cross or crosses)
 
 
 def _readable(path: str) -> str:
@@ -108,11 +146,11 @@ def _readable(path: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _reads_other_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    given = {**dict(zip(_parameters(type(module)), args, strict=False)), **kwargs}
+    given = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
     first = args[0] if args else next(iter(given.values()), None)
     return any(isinstance(given.get(name), Tensor) and given[name] is not first for name in _OTHER_SEQUENCE)

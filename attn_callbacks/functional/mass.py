@@ -13,12 +13,10 @@ __all__ = ["attention_lift", "attention_mass", "target_share"]
 def attention_mass(
     weights: Tensor, target_mask: Tensor, valid: Tensor | None = None, *, row_valid: Tensor | None = None
 ) -> Tensor:
-    r"""Measure the share of each head's attention that falls on a set of keys.
+    """Measure the share of each head's attention that falls on a set of keys.
 
-    .. math:: \sum_{i} \sum_{j \in S} A_{ij} \Big/ \sum_{i} \sum_{j \in V} A_{ij}
-
-    with the set :math:`S`, cut to the valid keys :math:`V`. Leave special tokens out of ``valid``: else a head that rests
-    on them seems to ignore everything. Differentiable.
+    The weight of all rows on the set, cut to the valid keys, over their weight on the valid keys. Leave special tokens
+    out of ``valid``: else a head that rests on them seems to ignore everything. Differentiable.
 
     Args:
         weights: Attention weights; a row of zeros adds nothing.

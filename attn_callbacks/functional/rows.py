@@ -33,9 +33,9 @@ def row_mean(values: Tensor, rows: Tensor) -> Tensor:
 def stratified_rows(valid: Tensor, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw query rows from equal strata of each sample's valid queries, one random row a stratum.
 
-    The plain mean over the drawn rows is an unbiased estimate of the mean over all valid rows, and steadier than that of
-    rows drawn at random, because attention statistics drift along the sequence. The strata are equal intervals of the
-    row axis, so where a stratum ends inside a row both neighbours may draw that row: that keeps the estimate unbiased.
+    The plain mean over the drawn rows is an unbiased estimate of the mean over all valid rows, and steadier than that
+    of rows drawn at random, because attention statistics drift along the sequence. The strata are equal intervals of
+    the row axis, so where one ends inside a row both neighbours may draw that row: this keeps the estimate unbiased.
     A sample with at most ``rows`` valid queries gives each of them once.
 
     Vectorised, O(batch * (queries + rows)); waits for no device and leaves the global random state alone.
@@ -47,8 +47,8 @@ def stratified_rows(valid: Tensor, rows: int, generator: torch.Generator) -> tup
 
     Shape:
         - valid: ``(batch, queries)``
-        - output: indices ``(batch, rows)`` int64 in ascending order, and ``(batch, rows)`` bool, ``False`` for the slots
-          that a short sample leaves over (their index is 0)
+        - output: indices ``(batch, rows)`` int64 in ascending order, and ``(batch, rows)`` bool, ``False`` for the
+          slots that a short sample leaves over (their index is 0)
 
     Raises:
         ValueError: If ``valid`` does not have two axes or ``rows`` is below 1.
@@ -72,7 +72,7 @@ def stratified_rows(valid: Tensor, rows: int, generator: torch.Generator) -> tup
     offset = torch.rand(len(valid), rows, generator=generator, device=generator.device).to(valid.device)
     inside = (start % rows + offset * count) / rows
     drawn = torch.minimum(start // rows + inside.long(), count - 1)
-    taken = (slots < count).logical_or(count > rows) & (count > 0)
+    taken = slots < count
     rank = torch.where(count > rows, drawn, slots)
     indices = torch.searchsorted(found, rank + 1)
     return indices.where(taken, 0), taken

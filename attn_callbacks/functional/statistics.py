@@ -37,24 +37,24 @@ def head_statistics(
     long_range: float = 0.25,
     square: bool = True,
 ) -> Tensor:
-    r"""Describe every head on every sample by ten numbers, averaged over the sample's valid rows.
+    """Describe every head on every sample by ten numbers, averaged over the sample's valid rows.
 
-    ============================ ==================================================================== =================
-    ``entropy``                  :math:`-\sum_j A_{ij} \ln A_{ij}`, in nats                            [0, ln keys]
-    ``entropy_normalised``       entropy / ln(allowed keys of the row); rows with one key left out     [0, 1]
-    ``confidence``               largest weight of the row                                             [1 / keys, 1]
-    ``distance``                 :math:`\sum_j A_{ij} |i - j|`, in tokens                              [0, keys - 1]
-    ``long_range_mass``          weight on keys farther away than ``long_range``                       [0, 1]
-    ``self_mass``                weight on the row's own position                                      [0, 1]
-    ``previous_mass``            weight on the position before                                         [0, 1]
-    ``next_mass``                weight on the position after                                          [0, 1]
-    ``first_mass``               weight on the sample's first valid key                                [0, 1]
-    ``max_logit``                largest score before the softmax: a maximum over rows, not a mean     real
-    ============================ ==================================================================== =================
+    | statistic | of a row ``i`` | range |
+    |---|---|---|
+    | ``entropy`` | ``-sum_j A[i, j] ln A[i, j]``, in nats | [0, ln keys] |
+    | ``entropy_normalised`` | entropy over ln of the row's allowed keys; rows with one key left out | [0, 1] |
+    | ``confidence`` | largest weight | [1 / keys, 1] |
+    | ``distance`` | ``sum_j A[i, j] abs(i - j)``, in tokens | [0, keys - 1] |
+    | ``long_range_mass`` | weight on keys farther away than ``long_range`` | [0, 1] |
+    | ``self_mass`` | weight on the row's own position | [0, 1] |
+    | ``previous_mass`` | weight on the position before | [0, 1] |
+    | ``next_mass`` | weight on the position after | [0, 1] |
+    | ``first_mass`` | weight on the sample's first valid key | [0, 1] |
+    | ``max_logit`` | largest score before the softmax; the maximum over rows, not the mean | real |
 
-    A row leaves the average of ``self_mass``, ``previous_mass``, ``next_mass`` and ``first_mass`` when that key does not
-    exist for it: outside the sequence, padding, or disallowed. So ``next_mass`` is NaN under a causal mask given as
-    ``allowed``. Positions count along the sequence; image patches are in raster order.
+    A row leaves the average of ``self_mass``, ``previous_mass``, ``next_mass`` and ``first_mass`` when that key does
+    not exist for it: outside the sequence, padding, or disallowed. So ``next_mass`` is NaN under a causal mask given
+    as ``allowed``. Positions count along the sequence; image patches are in raster order.
 
     Everything is computed in float32 without gradients, at a few passes over ``weights``.
 
@@ -132,10 +132,10 @@ def _position_values(
     weights: Tensor, allowed: Tensor, valid: Tensor, queries: Tensor, limit: Tensor
 ) -> dict[str, Tensor]:
     """Statistics that compare the row's position ``queries (batch or 1, rows)`` with those of the keys."""
-    steps = (queries[..., None] - torch.arange(weights.shape[-1], device=weights.device)).abs()[:, None]
+    steps = (queries[..., None] - torch.arange(weights.shape[-1], device=weights.device)).abs().float()[:, None]
     values = {
         "distance": row_mean((weights * steps).sum(dim=-1), valid),
-        "long_range_mass": row_mean((weights * (steps > limit[:, None, None, None])).sum(dim=-1), valid),
+        "long_range_mass": row_mean((weights * (steps > limit[:, None, None, None]).float()).sum(dim=-1), valid),
     }
     for name, offset in (("self_mass", 0), ("previous_mass", -1), ("next_mass", 1)):
         values[name] = _mass_at(weights, allowed, valid, queries + offset)
@@ -154,9 +154,10 @@ def _mass_at(weights: Tensor, allowed: Tensor, valid: Tensor, key: Tensor) -> Te
 
 def _max_logit(weights: Tensor, logits: Tensor, allowed: Tensor, valid: Tensor) -> Tensor:
     if logits.shape != weights.shape:
-        raise ValueError(f"`logits` must have the shape of `weights` {tuple(weights.shape)}, got {tuple(logits.shape)}.")
-    counted = allowed & valid[..., None]
-    highest = logits.detach().float().masked_fill(~counted, -torch.inf).amax(dim=(-2, -1))
+        expected = tuple(weights.shape)
+        raise ValueError(f"`logits` must have the shape of `weights` {expected}, got {tuple(logits.shape)}.")
+    highest = logits.detach().float().where(allowed, -torch.inf).amax(dim=-1)  # (batch, heads, rows)
+    highest = highest.where(valid, -torch.inf).amax(dim=-1)
     return highest.masked_fill(highest == -torch.inf, torch.nan)
 
 
@@ -189,8 +190,8 @@ def _valid_rows(weights: Tensor, allowed: Tensor, valid: Tensor | None) -> Tenso
     batch, heads, rows, _ = weights.shape
     if valid.shape not in ((batch, rows), (batch, heads, rows)):
         raise ValueError(
-            f"`valid` must have shape (batch, rows) = {(batch, rows)} or (batch, heads, rows) = {(batch, heads, rows)}, "
-            f"got {tuple(valid.shape)}."
+            f"`valid` must have shape (batch, rows) = {(batch, rows)} or (batch, heads, rows) = "
+            f"{(batch, heads, rows)}, got {tuple(valid.shape)}."
         )
     return attends & (valid if valid.dim() == 3 else valid[:, None]).bool()
 

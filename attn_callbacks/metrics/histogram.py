@@ -19,17 +19,14 @@ _MOST_LOGIT = 65536.0  # float16 ends there
 
 
 def statistic_edges(names: tuple[str, ...] = STATISTICS, bins: int = BINS) -> Tensor:
-    r"""Return the bin edges of each statistic: equal steps of :math:`u \in [0, 1]`, mapped to its range.
+    """Return the bin edges of each statistic: equal steps of ``u`` in [0, 1], mapped to the statistic's range.
 
-    ========================== =================================== ======================= =======================
-    statistic                  value at u                          range                   width of a bin at x
-    ========================== =================================== ======================= =======================
-    masses, normalised         :math:`\sin^2(\pi u / 2)`           [0, 1]                  at most 0.0031
-    entropy, confidence
-    ``entropy``                :math:`16 u^2`                      [0, 16] nats            0.0157 sqrt(x) + 0.0001
-    ``distance``               :math:`2^{20 u} - 1`                [0, 1 048 575] tokens   2.8 % of (1 + x)
-    ``max_logit``              :math:`\sinh(11.8 (2 u - 1))`       [-65 536, 65 536]       4.7 % of sqrt(1 + x^2)
-    ========================== =================================== ======================= =======================
+    | statistic | value at ``u`` | range | width of the bin around ``x`` |
+    |---|---|---|---|
+    | masses, confidence, normalised entropy | ``sin(pi u / 2) ** 2`` | [0, 1] | at most 0.0031 |
+    | ``entropy`` | ``16 u ** 2`` | [0, 16] nats | 0.0157 sqrt(x) + 0.0001 |
+    | ``distance`` | ``2 ** (20 u) - 1`` | [0, 1 048 575] tokens | 2.8 % of 1 + x |
+    | ``max_logit`` | ``sinh(11.8 (2 u - 1))`` | [-65 536, 65 536] | 4.8 % of sqrt(1 + x ** 2) |
 
     Args:
         names: Statistics, in order.
@@ -93,8 +90,8 @@ def histogram_median(counts: Tensor, edges: Tensor) -> Tensor:
     below = counts.to(torch.int64).cumsum(dim=-1)  # (..., statistics, bins): values up to and including this bin
     total = below[..., -1:]
     edges = edges.double().expand(*below.shape[:-1], -1)
-    middle = [_order_statistic(below, counts, edges, rank) for rank in ((total - 1) // 2, total // 2)]
-    return (sum(middle) / 2).masked_fill(total == 0, torch.nan)[..., 0]
+    lower, upper = (_order_statistic(below, counts, edges, rank) for rank in ((total - 1) // 2, total // 2))
+    return ((lower + upper) / 2).masked_fill(total == 0, torch.nan)[..., 0]
 
 
 def _order_statistic(below: Tensor, counts: Tensor, edges: Tensor, rank: Tensor) -> Tensor:

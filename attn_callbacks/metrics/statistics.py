@@ -35,15 +35,14 @@ class HeadStatisticsResult(NamedTuple):
 
 
 class HeadStatisticsMetric(Accumulator):
-    r"""Add up `head_statistics` over a data set, for every layer and head.
+    """Add up `head_statistics` over a data set, for every layer and head.
 
-    A sample :math:`s` with value :math:`m_s` (the mean of its rows, sampled or all) and :math:`w_s` valid queries counts
-    with that weight, so that the mean is the one over all rows. Rows of one sample resemble one another; the standard
-    error therefore takes samples, not rows, as the independent units:
+    A sample ``s`` with the value ``m[s]`` (the mean of its rows, sampled or all) and ``w[s]`` valid queries counts with
+    that weight, so that the mean is the one over all rows. Rows of one sample resemble one another; the standard error
+    therefore takes the ``S`` samples, not the rows, as independent:
 
-    .. math::
-        \bar m = \frac{\sum_s w_s m_s}{\sum_s w_s}, \qquad
-        \mathrm{se}^2 = \frac{S}{S - 1} \frac{\sum_s w_s^2 (m_s - \bar m)^2}{(\sum_s w_s)^2}
+        mean = sum_s w[s] m[s] / sum_s w[s]
+        standard_error ** 2 = S / (S - 1) * sum_s w[s] ** 2 (m[s] - mean) ** 2 / (sum_s w[s]) ** 2
 
     States are sums, counts and one maximum of fixed size (about 2 kB a head and statistic), so the result of several
     processes is that of one process on all their samples. An update waits for no device.
@@ -102,8 +101,7 @@ class HeadStatisticsMetric(Accumulator):
         self._count(self.writable("histogram")[layer, :heads], values, counted)
         highest = values[..., _MAX_LOGIT].masked_fill(~counted[..., _MAX_LOGIT], -torch.inf)
         cells = self.writable("highest")[layer, :heads]
-        for row in highest.to(cells.dtype).split(1):
-            torch.maximum(cells, row[0], out=cells)
+        cells.copy_(torch.cat([cells[None], highest.to(cells.dtype)]).amax(dim=0))  # an empty batch changes nothing
 
     def compute(self) -> HeadStatisticsResult:
         """Return mean, standard error, median and number of samples of every layer, head and statistic."""

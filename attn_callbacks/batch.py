@@ -1,0 +1,162 @@
+"""What a batch means: the one place that knows where labels, tokens, images and groups are found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["BatchSchema"]
+
+Reader = Callable[[Any], Any] | int | str | None
+
+_KEYS: dict[str, tuple[str, ...]] = {
+    "inputs": ("inputs", "input_ids", "pixel_values", "input_values", "input_features", "x"),
+    "target": ("labels", "label", "target", "targets", "y"),
+    "logits": ("logits",),
+    "valid": ("attention_mask",),
+    "tokens": ("input_ids",),
+    "image": ("pixel_values", "images", "image"),
+    "relevance": ("relevance",),
+    "spurious": ("spurious",),
+    "group": ("group", "groups"),
+}
+_POSITIONS = {"inputs": 0, "target": 1}
+
+
+@dataclass(frozen=True)
+class BatchSchema:
+    """Say where the parts of a batch are; every callback takes one as ``schema=``.
+
+    Each field is a key of a dict batch, a position of a tuple batch, or a function of the batch; ``None`` looks at the
+    usual places: ``(x, y)`` batches and the dict batches of Hugging Face tokenizers and image processors.
+
+    Args:
+        inputs: What the model receives.
+        target: Class labels, ``(samples,)``; negative labels are ignored.
+        logits: Key of the step's output (or a function of it) that holds ``(samples, classes)``; ``None`` takes
+            ``"logits"`` from the output and else what the module's ``forward`` returned.
+        valid: ``True`` (or 1) where a token is not padding, ``(samples, tokens)``.
+        tokens: Token ids ``(samples, tokens)``, or a list of strings for each sample.
+        image: Pictures, ``(samples, channels, height, width)``.
+        relevance: ``True`` on tokens that should decide, ``(samples, tokens)``.
+        spurious: ``True`` on tokens that must not decide, ``(samples, tokens)``.
+        group: Index of the group of each sample, ``(samples,)``.
+
+    Example:
+        >>> schema = BatchSchema(target="y", group=lambda batch: batch["y"] % 2)
+        >>> batch = {"input_ids": torch.tensor([[5, 6]]), "y": torch.tensor([3])}
+        >>> schema.read("tokens", batch), schema.read("target", batch), schema.read("group", batch)
+        (tensor([[5, 6]]), tensor([3]), tensor([1]))
+        >>> schema.read("relevance", batch) is None
+        True
+    """
+
+    inputs: Reader = None
+    target: Reader = None
+    logits: Reader = None
+    valid: Reader = None
+    tokens: Reader = None
+    image: Reader = None
+    relevance: Reader = None
+    spurious: Reader = None
+    group: Reader = None
+
+    def __post_init__(self) -> None:
+        """Check the type of every field."""
+        for field in fields(self):
+            reader = getattr(self, field.name)
+            if reader is not None and not isinstance(reader, (str, int)) and not callable(reader):
+                raise TypeError(f"`{field.name}` must be a key, a position or a function of the batch, got {reader!r}.")
+
+    def read(self, field: str, batch: Any) -> Any:
+        """Return what ``field`` names in ``batch``, or ``None`` if it was left to the defaults and is not there.
+
+        Raises:
+            KeyError: If the schema names a key or a position that the batch does not have.
+        """
+        reader = getattr(self, field)
+        if reader is None:
+            return _usual(field, batch)
+        if callable(reader):
+            return reader(batch)
+        return _named(field, reader, batch)
+
+    def size(self, batch: Any) -> int | None:
+        """Return the number of samples in ``batch``, or ``None`` if nothing in it says so."""
+        found = (self.read(field, batch) for field in ("target", "tokens", "image", "inputs"))
+        return next((len(part) for part in found if isinstance(part, (Tensor, list)) and len(part)), None)
+
+    def flags(self, field: str, batch: Any) -> Tensor | None:
+        """Return a token field (``valid``, ``relevance``, ``spurious``) as bool ``(samples, tokens)``."""
+        found = self.read(field, batch)
+        return None if found is None else torch.as_tensor(found).bool()
+
+    def step_logits(self, output: Any, forwarded: Sequence[Any] = ()) -> Tensor | None:
+        """Find logits ``(samples, classes)`` in a step's output, else among what modules returned, the last first."""
+        if callable(self.logits):
+            found = self.logits(output)
+            return found if isinstance(found, Tensor) else None
+        if self.logits is not None:
+            return _tensor(_part(output, self.logits))
+        for candidate in (output, *reversed(forwarded)):
+            found = _tensor(_part(candidate, "logits"))
+            if found is not None:
+                return found
+        return next((f for f in reversed(forwarded) if isinstance(f, Tensor) and f.ndim == 2), None)
+
+
+def _named(field: str, reader: int | str, batch: Any) -> Any:
+    if isinstance(batch, (tuple, list)) and str(reader).lstrip("-").isdigit():
+        if -len(batch) <= int(reader) < len(batch):
+            return batch[int(reader)]
+        raise KeyError(f"`{field}` reads position {reader} of a batch that has {len(batch)}.")
+    found = _part(batch, reader)
+    if found is None:
+        raise KeyError(f"`{field}` reads {reader!r} of the batch, which has {_contents(batch)}.")
+    return found
+
+
+def _usual(field: str, batch: Any) -> Any:
+    if field == "logits":
+        raise ValueError("Logits are not read from a batch; call `step_logits` with the output of the step.")
+    if isinstance(batch, Mapping):
+        return next((batch[key] for key in _KEYS[field] if key in batch), None)
+    if isinstance(batch, (tuple, list)):
+        inputs = batch[0] if batch else None
+        if field in _POSITIONS:
+            return batch[_POSITIONS[field]] if len(batch) > _POSITIONS[field] else None
+    else:
+        inputs = batch
+        if field == "inputs":
+            return batch
+    if isinstance(inputs, Mapping):
+        return _usual(field, inputs)
+    return inputs if _looks_like(field, inputs) else None
+
+
+def _looks_like(field: str, inputs: Any) -> bool:
+    if not isinstance(inputs, Tensor):
+        return False
+    if field == "image":
+        return inputs.ndim == 4 and inputs.shape[1] in (1, 3) and inputs.is_floating_point()
+    return field == "tokens" and inputs.ndim == 2 and not inputs.is_floating_point()
+
+
+def _part(whole: Any, key: Any) -> Any:
+    if isinstance(whole, Mapping):
+        return whole.get(key)
+    return getattr(whole, key, None) if isinstance(key, str) else None
+
+
+def _tensor(found: Any) -> Tensor | None:
+    return found if isinstance(found, Tensor) else None
+
+
+def _contents(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return ", ".join(map(repr, batch)) or "no keys"
+    return f"no keys (a {type(batch).__name__})"

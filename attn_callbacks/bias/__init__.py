@@ -1,0 +1,9 @@
+"""What a bias is: measured rates, their uncertainty, and the findings that are worth acting on. No Lightning."""
+
+from __future__ import annotations
+
+from attn_callbacks.bias.finding import Finding
+from attn_callbacks.bias.report import BiasReport
+from attn_callbacks.bias.share import AttentionShare
+
+__all__ = ["AttentionShare", "BiasReport", "Finding"]

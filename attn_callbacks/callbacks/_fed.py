@@ -1,0 +1,65 @@
+"""Count what training was fed: how many samples of each group and class reached the loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.batch import BatchSchema
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
+
+__all__ = ["MOST_CLASSES", "MOST_GROUPS", "FedCounts"]
+
+MOST_GROUPS = 64
+"""Room for groups when nobody gave their number; asking the data for it would wait for the device at each batch."""
+MOST_CLASSES = 1024
+
+
+class FedCounts:
+    """Samples of each group and class; of all processes until the last :meth:`gather`, of this one since."""
+
+    def __init__(self) -> None:
+        self._gathered = torch.zeros(MOST_GROUPS, MOST_CLASSES, dtype=torch.int64)
+        self._since: Tensor | None = None
+
+    def add(self, schema: BatchSchema, batch: Any) -> None:
+        """Count the labels and groups of a training batch; labels that are no classes are not counted."""
+        target, group = schema.read("target", batch), schema.read("group", batch)
+        if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
+            return
+        if self._since is None:
+            self._since = torch.zeros_like(self._gathered, device=target.device)
+        group = torch.zeros_like(target) if group is None else torch.as_tensor(group, device=target.device)
+        known = (target >= 0) & (target < MOST_CLASSES) & (group >= 0) & (group < MOST_GROUPS)
+        index = (group * MOST_CLASSES + target).where(known, 0)
+        self._since.view(-1).scatter_add_(0, index, known.long())
+
+    def gather(self, strategy: Strategy) -> None:
+        """Add up all processes. Every process must call it."""
+        since = torch.zeros_like(self._gathered) if self._since is None else self._since
+        self._gathered += strategy.reduce(since.to(strategy.root_device), reduce_op="sum").cpu()
+        self._since = None
+
+    def counts(self, groups: int, classes: int) -> Tensor | None:
+        """Return ``(groups, classes)``; ``None`` before training and where there are more classes than were counted."""
+        total = self._total()
+        return None if classes > MOST_CLASSES or not total.any() else total[:groups, :classes]
+
+    def state(self) -> Tensor:
+        """Return the counts as small as they are, for a checkpoint."""
+        total = self._total()
+        used = total.nonzero()
+        rows, columns = (used.amax(dim=0) + 1).tolist() if len(used) else (0, 0)
+        return total[:rows, :columns].clone()
+
+    def load(self, state: Tensor) -> None:
+        """Continue from :meth:`state`."""
+        self.__init__()  # type: ignore[misc]
+        self._gathered[: state.shape[0], : state.shape[1]] = state
+
+    def _total(self) -> Tensor:
+        return self._gathered if self._since is None else self._gathered + self._since.cpu()

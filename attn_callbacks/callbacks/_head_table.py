@@ -1,0 +1,60 @@
+"""Write head statistics: one number a layer for the loggers, everything as a table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from attn_callbacks.functional import STATISTICS
+from attn_callbacks.metrics import HeadStatisticsResult
+
+__all__ = ["append_table", "layer_scalars", "statistic_means"]
+
+_COLUMNS = ("epoch", "step", "layer", "head", "statistic", "value", "standard_error")
+
+
+def statistic_means(values: Tensor) -> dict[str, float]:
+    """Means over ``(heads, statistics)`` of the statistics that some head has."""
+    means = values.nanmean(dim=0).tolist()
+    return {name: mean for name, mean in zip(STATISTICS, means, strict=True) if mean == mean}  # NaN is not itself
+
+
+def layer_scalars(result: HeadStatisticsResult, labels: Sequence[str], per_head: bool) -> Iterator[tuple[str, float]]:
+    """Tag and value of each layer's mean and, on request, of each head."""
+    for layer, label in enumerate(labels):
+        for name, value in statistic_means(result.mean[layer]).items():
+            yield f"heads/{name}/{label}", value
+        if per_head:
+            for head, name, value in _cells(result.mean[layer]):
+                yield f"heads/{name}/{label}/head_{head}", value
+
+
+def append_table(path: Path, epoch: int, step: int, result: HeadStatisticsResult, labels: Sequence[str]) -> None:
+    """Append a row a layer, head and statistic to a CSV file; medians are statistics ``<name>_median``."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(_COLUMNS)
+        for layer, label in enumerate(labels):
+            writer.writerows((epoch, step, label, *row) for row in _rows(result, layer))
+
+
+def _rows(result: HeadStatisticsResult, layer: int) -> Iterator[tuple[int, str, float, float | str]]:
+    for head, name, value in _cells(result.mean[layer]):
+        error = float(result.standard_error[layer, head, STATISTICS.index(name)])
+        yield head, name, value, error if error == error else ""
+    for head, name, value in _cells(result.median[layer]):
+        yield head, f"{name}_median", value, ""
+
+
+def _cells(values: Tensor) -> Iterator[tuple[int, str, float]]:
+    """Head, statistic and value of everything that is defined in ``(heads, statistics)``."""
+    for head, row in enumerate(values.tolist()):
+        for name, value in zip(STATISTICS, row, strict=True):
+            if value == value:
+                yield head, name, value

@@ -1,0 +1,92 @@
+"""Samples to look at: their tokens as text, their image, and how patches lie on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from attn_callbacks.batch import BatchSchema
+
+__all__ = ["Sample", "patch_grid", "read_samples"]
+
+_PREFIXES = (1, 0, 2, 5)
+"""Tokens before the patches: a class token, none, class and distillation, class and four registers."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a batch as a person sees it.
+
+    Args:
+        number: Its place among the samples looked at.
+        tokens: One text for each position, or ``None``.
+        image: ``(height, width, 3)``, values in ``[0, 1]``, or ``None``.
+    """
+
+    number: int
+    tokens: tuple[str, ...] | None
+    image: np.ndarray[Any, Any] | None
+
+    def numbered(self, number: int) -> Sample:
+        """Return this sample with another number."""
+        return replace(self, number=number)
+
+    def labels(self, shown: Tensor) -> list[str] | None:
+        """Texts at the positions that ``shown (tokens,)`` marks; ``None`` if the sample's tokens are other ones."""
+        if self.tokens is None or len(self.tokens) != len(shown):
+            return None
+        return [text for text, keep in zip(self.tokens, shown.tolist(), strict=True) if keep]
+
+
+def read_samples(schema: BatchSchema, batch: Any, tokenizer: Any, most: int) -> list[Sample]:
+    """Return the first ``most`` samples of a batch."""
+    tokens, image = schema.read("tokens", batch), schema.read("image", batch)
+    return [
+        Sample(
+            number=position,
+            tokens=None if tokens is None else _texts(tokens[position], tokenizer),
+            image=None if image is None else _pixels(image[position]),
+        )
+        for position in range(min(schema.size(batch) or 0, most))
+    ]
+
+
+def patch_grid(tokens: int, height_over_width: float) -> tuple[int, int, int] | None:
+    """Rows, columns and number of prefix tokens of a vision transformer's sequence; ``None`` if no grid fits.
+
+    Example:
+        >>> patch_grid(197, 1.0)
+        (14, 14, 1)
+        >>> patch_grid(32, 0.5)
+        (4, 8, 0)
+    """
+    for prefix in _PREFIXES:
+        patches = tokens - prefix
+        rows = round(math.sqrt(max(patches, 0) * height_over_width))
+        if rows and patches % rows == 0 and math.isclose(rows * rows, patches * height_over_width, rel_tol=0.1):
+            return rows, patches // rows, prefix
+    return None
+
+
+def _texts(tokens: Tensor | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    if not isinstance(tokens, Tensor):
+        return tuple(map(str, tokens))
+    ids = tokens.tolist()
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
+    return tuple(map(str, ids))
+
+
+def _pixels(image: Tensor) -> np.ndarray[Any, Any]:
+    """Undo an unknown normalisation: stretch each image to ``[0, 1]``."""
+    pixels = image.detach().float().cpu()
+    low, high = pixels.min(), pixels.max()
+    scaled = (pixels - low) / (high - low).clamp_min(1e-6)
+    rgb = scaled.expand(3, -1, -1) if len(scaled) == 1 else scaled
+    found: np.ndarray[Any, Any] = rgb.permute(1, 2, 0).numpy()
+    return found

@@ -1,0 +1,91 @@
+"""See inside ``F.multi_head_attention_forward``, where no mode looks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from attn_callbacks.capture.call import AttentionCall
+from attn_callbacks.capture.fused import sdpa_call
+from attn_callbacks.capture.shared import Shared, replaced
+
+__all__ = ["inside_multi_head"]
+
+
+@dataclass
+class _Listener:
+    emit: Callable[[AttentionCall], None]
+    is_cross: bool
+    heads: int
+
+    def sdpa(self, *args: Any, **kwargs: Any) -> None:
+        call = sdpa_call(*args, **kwargs)
+        if call is not None:
+            self.emit(replace(call, is_cross=self.is_cross))
+
+    def softmax(self, scores: Tensor, *_: Any, **__: Any) -> None:
+        by_head = scores.reshape(-1, self.heads, *scores.shape[-2:])  # from (batch * heads, queries, keys)
+        self.emit(AttentionCall(name="", is_cross=self.is_cross, scores=by_head))
+
+
+class _Listening(threading.local):
+    def __init__(self) -> None:
+        self.listeners: list[_Listener] = []
+
+
+_listening = _Listening()
+
+
+@contextmanager
+def inside_multi_head(
+    emit: Callable[[AttentionCall], None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    *_: Any,
+    **__: Any,
+) -> Iterator[None]:
+    """While ``F.multi_head_attention_forward`` runs with these arguments, pass its attention to ``emit``.
+
+    A function mode is off inside its own handler. What is called in there is seen by its name instead: for the length
+    of the call the module globals are replaced, and other threads pass through the replacements unheard.
+    """
+    listener = _Listener(emit, is_cross=not _same(query, key), heads=num_heads)
+    with _SDPA.held(), _SOFTMAX.held():
+        _listening.listeners.append(listener)
+        try:
+            yield
+        finally:
+            _listening.listeners.remove(listener)
+
+
+def _announced(site: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        def announced(*args: Any, **kwargs: Any) -> Any:
+            for listener in _listening.listeners:
+                getattr(listener, site)(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return announced
+
+    return wrap
+
+
+_SDPA = Shared(lambda: replaced(F, "scaled_dot_product_attention", _announced("sdpa")))
+_SOFTMAX = Shared(lambda: replaced(F, "softmax", _announced("softmax")))
+
+
+def _same(query: Tensor, key: Tensor) -> bool:
+    """The two are one sequence, also after a backward hook has made two views of it."""
+    if query is key:
+        return True
+    base, other = (tensor if tensor._base is None else tensor._base for tensor in (query, key))
+    return base is other and query.shape == key.shape and query.storage_offset() == key.storage_offset()

@@ -1,0 +1,96 @@
+"""Attention mass by class against a loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from attn_callbacks.functional import attention_mass, target_share
+from attn_callbacks.metrics import ClassMass
+from tests.metrics.merging import reduced
+
+
+def random_batch(seed: int, samples: int = 30, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.rand(samples, 2, generator=generator)
+    share = torch.rand(samples, generator=generator)
+    target = torch.randint(classes - 1, (samples,), generator=generator)  # the last class never comes
+    mass[0] = torch.nan
+    mass[1, 0] = torch.nan
+    share[2], share[3] = 0.0, torch.nan
+    target[4] = -1
+    return mass, share, target
+
+
+def test_masses_match_a_loop():
+    metric = ClassMass(3)
+    sums = np.zeros((3, 3))
+    for seed in range(2):
+        batch = random_batch(seed)
+        metric.update(*batch)
+        for mass, share, target in zip(*(part.tolist() for part in batch), strict=True):
+            heads = [value for value in mass if not math.isnan(value)]
+            if heads and share > 0 and target >= 0:
+                sums[target] += sum(heads) / len(heads), share, 1
+    result = metric.compute()
+    assert result.support.tolist() == sums[:, 2].tolist()
+    assert sums[2, 2] == 0
+    np.testing.assert_allclose(result.mass[:2], sums[:2, 0] / sums[:2, 2])
+    np.testing.assert_allclose(result.lift[:2], sums[:2, 0] / sums[:2, 1])
+    assert result.mass[2].isnan()
+    assert result.lift[2].isnan()
+
+
+def test_uniform_attention_has_lift_one():
+    target_mask = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    metric = ClassMass(2)
+    mass = attention_mass(torch.full((2, 3, 4, 4), 0.25), target_mask)
+    metric.update(mass, target_share(target_mask), torch.tensor([1, 1]))
+    assert metric.compute().lift[1].item() == pytest.approx(1.0)
+    assert metric.compute().mass[1].item() == pytest.approx(0.5)
+
+
+def test_two_processes_equal_one_on_the_union():
+    halves, union = (ClassMass(3), ClassMass(3)), ClassMass(3)
+    for k in range(4):
+        halves[k % 2].update(*random_batch(k))
+        union.update(*random_batch(k))
+    torch.testing.assert_close(
+        tuple(reduced(*halves).compute()), tuple(union.compute()), rtol=1e-14, atol=0, equal_nan=True
+    )
+
+
+def test_half_precision_and_inference_mode():
+    metric = ClassMass(2)
+    with torch.inference_mode():
+        metric.update(torch.tensor([0.5]).bfloat16(), torch.tensor([0.25]).half(), torch.tensor([0]))
+    metric.update(torch.tensor([0.25]), torch.tensor([0.25]), torch.tensor([0]))
+    assert metric.compute().mass[0].item() == 0.375
+    assert metric.compute().lift[0].item() == 1.5
+
+
+def test_resize_keeps_the_sums():
+    metric = ClassMass(2)
+    metric.update(torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([1]))
+    metric.resize(3)
+    metric.update(torch.tensor([0.1]), torch.tensor([0.1]), torch.tensor([2]))
+    assert metric.compute().support.tolist() == [0, 1, 1]
+    assert metric.compute().lift[1:].tolist() == pytest.approx([2.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mass": torch.ones(2, 1, 1)}, r"`mass` must have shape \(batch,\) or \(batch, heads\), got \(2, 1, 1\)"),
+        ({"share": torch.ones(3)}, r"`share` must have shape \(batch,\) = \(2,\), got \(3,\)"),
+        ({"target": torch.ones(3, dtype=torch.long)}, r"`target` must have shape \(samples,\) = \(2,\), got \(3,\)"),
+        ({"target": torch.tensor([0, 4])}, "`target` must lie between 0 and 1, got 4"),
+    ],
+)
+def test_wrong_update_raises(arguments, message):
+    batch = {"mass": torch.ones(2), "share": torch.ones(2), "target": torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(ValueError, match=message):
+        ClassMass(2).update(**{**batch, **arguments})
