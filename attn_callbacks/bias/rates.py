@@ -59,8 +59,7 @@ def shortfall(rates: Tensor, errors: Tensor, estimable: Tensor) -> tuple[Tensor,
     peers = estimable.sum(dim=0, keepdim=True) - 1
     size = (known.sum(dim=0, keepdim=True) - known) / peers - known
     error = (variance + (variance.sum(dim=0, keepdim=True) - variance).clamp(min=0) / peers.square()).sqrt()
-    comparable = estimable & (peers > 0)
-    return size.where(comparable, torch.nan), error.where(comparable, torch.nan)
+    return size.where(estimable, torch.nan), error.where(estimable, torch.nan)  # 0 / 0 without peers is NaN as well
 
 
 def spread(rates: Tensor, estimable: Tensor) -> tuple[float, float]:

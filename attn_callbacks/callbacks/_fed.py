@@ -25,14 +25,16 @@ class FedCounts:
     def __init__(self) -> None:
         self._gathered = torch.zeros(MOST_GROUPS, MOST_CLASSES, dtype=torch.int64)
         self._since: Tensor | None = None
+        self._groups_unknown = False
 
     def add(self, schema: BatchSchema, batch: Any) -> None:
         """Count the labels and groups of a training batch; labels that are no classes are not counted."""
-        target, group = schema.read("target", batch), schema.read("group", batch)
+        target, group = _read(schema, "target", batch), _read(schema, "group", batch)
         if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
             return
         if self._since is None:
             self._since = torch.zeros_like(self._gathered, device=target.device)
+        self._groups_unknown = group is None
         group = torch.zeros_like(target) if group is None else torch.as_tensor(group, device=target.device)
         known = (target >= 0) & (target < MOST_CLASSES) & (group >= 0) & (group < MOST_GROUPS)
         index = (group * MOST_CLASSES + target).where(known, 0)
@@ -45,9 +47,10 @@ class FedCounts:
         self._since = None
 
     def counts(self, groups: int, classes: int) -> Tensor | None:
-        """Return ``(groups, classes)``; ``None`` before training and where there are more classes than were counted."""
+        """Return ``(groups, classes)``; ``None`` if that was not counted: before training, or without known groups."""
         total = self._total()
-        return None if classes > MOST_CLASSES or not total.any() else total[:groups, :classes]
+        unknown = classes > MOST_CLASSES or (groups > 1 and self._groups_unknown)
+        return None if unknown or not total.any() else total[:groups, :classes]
 
     def state(self) -> Tensor:
         """Return the counts as small as they are, for a checkpoint."""
@@ -58,8 +61,16 @@ class FedCounts:
 
     def load(self, state: Tensor) -> None:
         """Continue from :meth:`state`."""
-        self.__init__()  # type: ignore[misc]
+        self._gathered.zero_()
+        self._since = None
         self._gathered[: state.shape[0], : state.shape[1]] = state
 
     def _total(self) -> Tensor:
         return self._gathered if self._since is None else self._gathered + self._since.cpu()
+
+
+def _read(schema: BatchSchema, field: str, batch: Any) -> Any:
+    try:
+        return schema.read(field, batch)
+    except KeyError:
+        return None  # many know the groups of validation data only

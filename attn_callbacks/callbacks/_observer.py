@@ -1,16 +1,17 @@
-"""What callbacks that only look have in common: they listen to validation steps and never change training."""
+"""What all callbacks here have in common: they look at validation steps, and looking never changes or ends a run."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from attn_callbacks._checks import at_least
 from attn_callbacks._lightning import Callback, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._arguments import ArgumentsOnly
+from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._loggers import can_log
 from attn_callbacks.callbacks._steps import StepTap, tap_step
 
@@ -21,42 +22,60 @@ __all__ = ["ValidationObserver"]
 
 
 class ValidationObserver(ArgumentsOnly, Callback):
-    """Listens to ``validation_step``; inert, after one warning, where no logger keeps what it finds.
+    """Looks at the steps of the first validation loader; inert, after one warning, where no logger keeps what it finds.
 
     Args:
         schema: Where a batch has what.
-        every_n_epochs: Look after every n-th epoch.
+        every_n_epochs: Look after every n-th epoch of training.
+        every_n_batches: Look at every n-th batch.
     """
 
-    def __init__(self, schema: BatchSchema | None, every_n_epochs: int) -> None:
+    _needs_logger = True
+
+    def __init__(self, schema: BatchSchema | None, every_n_epochs: int = 1, every_n_batches: int = 1) -> None:
         self.schema = schema or BatchSchema()
         self.every_n_epochs = at_least("every_n_epochs", every_n_epochs, 1)
-        self._remove: Callable[[], None] | None = None
-        self._due = False
+        self.every_n_batches = at_least("every_n_batches", every_n_batches, 1)
+        self._removes: list[Callable[[], None]] = []
+        self._fitting = self._due = self._looking = False
+        self._guard = Guard(f"`{type(self).__name__}`")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to ``validation_step``."""
         self._detach()  # one instance may serve two runs
-        if stage not in ("fit", "validate"):
-            return
-        if can_log(trainer):
-            self._start(trainer, pl_module)
-            self._remove = tap_step(pl_module, "validation_step", StepTap(context=self._around))
-        elif not getattr(trainer, "fast_dev_run", False):
-            rank_zero_warn(f"`{type(self).__name__}` has no logger to write to and stays inert.")
+        if stage in ("fit", "validate") and self._has_logger(trainer):
+            self._attach(trainer, pl_module, fitting=stage == "fit")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is looked at."""
-        due = not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        self._due = due and self._remove is not None
+        self._due = bool(self._removes) and self._is_due(trainer)
         if self._due:
             self._begin(trainer)
 
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Decide whether this batch is looked at."""
+        self._looking = self._due and dataloader_idx == 0 and batch_idx % self.every_n_batches == 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in what the step returned."""
+        if self._looking and not self._guard.off:
+            self._add(outputs, batch)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was found."""
+        """Conclude and log."""
         if self._due:
-            self._finish(trainer)
-        self._due = False
+            self._finish(trainer, pl_module)
+        self._due = self._looking = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
@@ -66,10 +85,42 @@ class ValidationObserver(ArgumentsOnly, Callback):
         """Stop listening; ``teardown`` does not run after an exception."""
         self._detach()
 
+    def _has_logger(self, trainer: Trainer) -> bool:
+        if not self._needs_logger or can_log(trainer):
+            return True
+        if not getattr(trainer, "fast_dev_run", False):
+            rank_zero_warn(f"`{type(self).__name__}` has no logger to write to and stays inert.")
+        return False
+
+    def _attach(self, trainer: Trainer, module: LightningModule, *, fitting: bool) -> None:
+        self._fitting, self._guard.off = fitting, False
+        self._start(trainer, module)
+        self._removes.append(tap_step(module, "validation_step", StepTap(context=self._around)))
+
     def _detach(self) -> None:
-        if self._remove is not None:
-            self._remove()
-        self._remove, self._due = None, False
+        """Give everything back; a second time is harmless."""
+        for remove in self._removes:
+            remove()
+        self._removes = []
+        self._due = self._looking = False
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        due = not self._fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return due and not trainer.sanity_checking
+
+    def _around(self, batch: Any) -> AbstractContextManager[Any]:
+        if self._looking and not self._guard.off:
+            with self._guarded():
+                return self._watch(batch)
+        return nullcontext()
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        """Return what is entered around everything that may go wrong."""
+        return self._guard.block()
+
+    def _add(self, outputs: Any, batch: Any) -> None:
+        """Take in what a step returned."""
+        del outputs, batch
 
     @abstractmethod
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -80,9 +131,9 @@ class ValidationObserver(ArgumentsOnly, Callback):
         """Prepare for a validation."""
 
     @abstractmethod
-    def _around(self, batch: Any) -> AbstractContextManager[Any]:
-        """Watch one validation step."""
+    def _watch(self, batch: Any) -> AbstractContextManager[Any]:
+        """Return what is to be entered around one validation step."""
 
     @abstractmethod
-    def _finish(self, trainer: Trainer) -> None:
-        """Reduce over processes and log; called on each of them."""
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Reduce over processes and log; called on each of them, also where the guard is off."""

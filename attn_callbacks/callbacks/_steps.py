@@ -36,7 +36,7 @@ class _TappedStep:
         self.taps: list[StepTap] = []
         self._own = vars(module).get(name)  # a compiled module carries its step as an attribute
         self._original = getattr(module, name)
-        functools.update_wrapper(self, self._original)  # Lightning reads the signature
+        functools.update_wrapper(self, self._original, updated=())  # Lightning reads the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         batch = args[0] if args else kwargs.get("batch")

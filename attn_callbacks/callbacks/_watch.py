@@ -1,75 +1,66 @@
-"""What observers put around a step: a recorder that cannot stop training, and the outputs of a module's forward."""
+"""What is entered around a step: a recorder that cannot end a run, and the outputs of a module's forward."""
 
 from __future__ import annotations
 
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from attn_callbacks._lightning import rank_zero_warn
-from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder
+from attn_callbacks.callbacks._guard import Guard
+from attn_callbacks.callbacks._layers import is_generation_step
+from attn_callbacks.capture import AttentionCall, AttentionRecorder
 
 __all__ = ["QuietRecorder", "forward_outputs"]
 
 
-class QuietRecorder:
-    """A recorder for observers: where a plain one raises, it warns once and switches itself off.
+class QuietRecorder(AttentionRecorder):
+    """A recorder for observers, entered anew for each step.
 
     Args:
-        owner: Name of the callback, for the warning.
-        on_call: Receives every selected call.
+        model: The model.
         layers: Names or glob patterns; ``None`` selects all.
+        receive: Receives every selected call, without gradients.
+        guard: Keeps in whatever goes wrong.
     """
 
-    def __init__(self, owner: str, on_call: Callable[[AttentionCall], None], layers: Sequence[str] | None) -> None:
-        self.disabled = False
-        self._owner = owner
-        self._on_call = on_call
-        self._layers = layers
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str] | None,
+        receive: Callable[[AttentionCall], None],
+        guard: Guard,
+    ) -> None:
+        super().__init__(model, layers, on_call=self._pass_on)
+        self._receive = receive
+        self._guard = guard
 
-    @contextmanager
-    def watch(self, module: nn.Module) -> Iterator[None]:
-        """Record ``module`` inside the block."""
-        if self.disabled:
-            yield
-            return
-        recorder = AttentionRecorder(module, self._layers, on_call=self._receive)
-        recorder.__enter__()
-        try:
-            yield
-        except BaseException:
-            recorder.__exit__(*sys.exc_info())
-            raise
-        try:
-            recorder.__exit__(None, None, None)
-        except (AttentionNotFoundError, ValueError) as error:
-            self._disable(error)
+    def watch(self) -> AbstractContextManager[Any]:
+        """Return what is to be entered around a step."""
+        return nullcontext() if self._guard.off else self
 
-    def _receive(self, call: AttentionCall) -> None:
-        if self.disabled:
-            return
-        try:
-            with torch.no_grad():
-                self._on_call(call)
-        except Exception as error:  # noqa: BLE001  an observer never ends a run
-            self._disable(error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._guard.block():
+            super().__exit__(kind, error, trace)
 
-    def _disable(self, error: Exception) -> None:
-        self.disabled = True
-        rank_zero_warn(f"`{self._owner}` is switched off for the rest of this run: {type(error).__name__}: {error}")
+    def _pass_on(self, call: AttentionCall) -> None:
+        with self._guard.block(), torch.no_grad():
+            if not self._guard.off and not is_generation_step(call):
+                self._receive(call)
 
 
 @contextmanager
-def forward_outputs(module: nn.Module) -> Iterator[list[Any]]:
-    """Collect what ``module`` and its direct children return while none of them runs inside another."""
+def forward_outputs(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
+    """Append what ``module`` and its direct children return while none of them runs inside another."""
     watched = {id(module), *(id(child) for child in module.children())}
-    outputs: list[Any] = []
     inside: list[nn.Module] = []
     thread = threading.get_ident()
 
@@ -88,4 +79,4 @@ def forward_outputs(module: nn.Module) -> Iterator[list[Any]]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for handle in (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)):
             stack.callback(handle.remove)
-        yield outputs
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attn_callbacks._checks import at_least
+from attn_callbacks._checks import at_least, name_list
 from attn_callbacks.batch import BatchSchema
-from attn_callbacks.callbacks._layers import call_name, known_tokens
+from attn_callbacks.callbacks._layers import call_name, known_tokens, maps_per_sample
 from attn_callbacks.callbacks._loggers import log_pictures, run_folder
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._samples import Sample, patch_grid, read_samples
@@ -49,6 +50,7 @@ class AttentionHeatmaps(ValidationObserver):
 
     Raises:
         ValueError: If a number is below 1.
+        TypeError: If ``layers`` is a single string.
 
     Example:
         >>> AttentionHeatmaps(samples=2)
@@ -65,60 +67,65 @@ class AttentionHeatmaps(ValidationObserver):
     ) -> None:
         super().__init__(schema, every_n_epochs)
         self.samples = at_least("samples", samples, 1)
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = None if layers is None else name_list("layers", layers)
         self.max_tokens = at_least("max_tokens", max_tokens, 1)
-        self._left = 0
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take samples from the first loader only."""
-        self._left = 0 if dataloader_idx else self._left
+        self._recorder: QuietRecorder | None = None
+        self._tokenizer: Any = None
+        self._clear()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._module = module
+        self._recorder = QuietRecorder(module, self.layers, self._draw, self._guard)
         self._tokenizer = _tokenizer(module, trainer)
-        self._recorder = QuietRecorder("AttentionHeatmaps", self._draw, self.layers)
-        self._pictures: dict[str, Picture] = {}
 
     def _detach(self) -> None:
         super()._detach()
-        self._left = 0
-        for name in ("_module", "_tokenizer", "_recorder", "_pictures", "_wanted", "_valid"):
-            vars(self).pop(name, None)  # a run's tensors do not outlive it
+        self._recorder = self._tokenizer = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._left = 0  # samples still to be seen
+        self._seen: list[Sample] = []
+        self._valid: Tensor | None = None
+        self._pictures: dict[str, Picture] = {}
 
     def _begin(self, trainer: Trainer) -> None:
         self._left = self.samples if trainer.is_global_zero else 0
-        self._epoch, self._pictures = trainer.current_epoch, {}
+        self._epoch = trainer.current_epoch
 
-    def _around(self, batch: Any) -> AbstractContextManager[Any]:
-        if not self._due or not self._left:
-            return nullcontext()
-        found = read_samples(self.schema, batch, self._tokenizer, self._left)
+    def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         first = self.samples - self._left
-        self._wanted = [sample.numbered(first + sample.number) for sample in found]
-        self._left -= len(found)
+        self._seen = [sample.numbered(first + sample.number) for sample in self._read(batch)]
+        self._left -= len(self._seen)
         self._valid = self.schema.flags("valid", batch)
-        self._batch_size = self.schema.size(batch) or 1
-        return self._recorder.watch(self._module) if found else nullcontext()
+        self._batch_size = self.schema.size(batch)
+        return self._recorder.watch() if self._recorder and self._seen else nullcontext()
 
-    def _finish(self, trainer: Trainer) -> None:
+    def _read(self, batch: Any) -> list[Sample]:
+        return read_samples(self.schema, batch, self._tokenizer, self._left) if self._left else []
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         folder = run_folder(trainer)
         if trainer.is_global_zero:
-            log_pictures(trainer, self._pictures, folder)
-        self._left, self._pictures = 0, {}
+            with self._guarded():
+                log_pictures(trainer, self._pictures, folder)
+        self._clear()
 
     def _draw(self, call: AttentionCall) -> None:
         call = known_tokens(call, self._valid)
-        windows = call.shape[0] // self._batch_size  # attention in windows has several maps a sample: the first is shown
-        for position, sample in enumerate(self._wanted):
-            one = call.select(position * windows)
+        step = maps_per_sample(call.shape[0], self._batch_size)  # of several maps, as in windows, the first is shown
+        for position, sample in enumerate(self._seen if step else ()):
+            one = call.select(position * step)
             tag = f"attention/sample_{sample.number}/{call_name(call)}"
-            maps, rows, columns = self._map(one, sample)
             title = f"{call_name(call)}, sample {sample.number}, epoch {self._epoch}"
-            self._pictures[tag] = attention_heads(maps, row_labels=rows, column_labels=columns, title=title)
-            if sample.image is not None and windows == 1 and not call.is_cross:
+            self._pictures[tag] = self._heads(one, sample, title)
+            if sample.image is not None and step == 1 and not call.is_cross:
                 self._lay_over(f"{tag}/image", one, sample.image)
+
+    def _heads(self, call: AttentionCall, sample: Sample, title: str) -> Picture:
+        maps, rows, columns = self._map(call, sample)
+        # the same for every epoch, layer and head of a sample, so that a colour means the same weight in all of them
+        high = min(1.0, 4 / math.sqrt(maps.shape[-1]))
+        return attention_heads(maps, row_labels=rows, column_labels=columns, title=title, high=high)
 
     def _map(self, call: AttentionCall, sample: Sample) -> tuple[Array, list[str] | None, list[str] | None]:
         """Maps of one sample ``(heads, queries, keys)`` without padding, pooled if long, and the labels of its axes."""
@@ -144,4 +151,4 @@ class AttentionHeatmaps(ValidationObserver):
 def _tokenizer(module: Any, trainer: Any) -> Any:
     """Whoever holds the tokenizer, if anybody does: the module or the data module."""
     owners = (module, getattr(trainer, "datamodule", None))
-    return next((owner.tokenizer for owner in owners if hasattr(owner, "tokenizer")), None)
+    return next((tokenizer for owner in owners if (tokenizer := getattr(owner, "tokenizer", None)) is not None), None)

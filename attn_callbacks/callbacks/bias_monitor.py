@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attn_callbacks._checks import at_least
-from attn_callbacks._lightning import Callback, MisconfigurationException, rank_zero_warn
+from attn_callbacks._checks import at_least, name_list
+from attn_callbacks._lightning import MisconfigurationException
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.bias import BiasReport
-from attn_callbacks.callbacks._arguments import ArgumentsOnly
 from attn_callbacks.callbacks._bias_log import log_report
-from attn_callbacks.callbacks._bias_sensor import BiasSensor, MissingPartError
-from attn_callbacks.callbacks._guidance import tap_guidance
-from attn_callbacks.callbacks._loggers import run_folder
-from attn_callbacks.callbacks._steps import StepTap, tap_step
+from attn_callbacks.callbacks._bias_sensor import BiasSensor
+from attn_callbacks.callbacks._guard import Guard, message
+from attn_callbacks.callbacks._guidance import GuidedStep
+from attn_callbacks.callbacks._loggers import log_agreed, run_folder
+from attn_callbacks.callbacks._observer import ValidationObserver
+from attn_callbacks.callbacks._steps import tap_step
+from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.feedback import AttentionGuidance, Feedback
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["BiasMonitor"]
 
 
-class BiasMonitor(ArgumentsOnly, Callback):
+class BiasMonitor(ValidationObserver):
     """Find out after each validation which classes and groups a model fails, and let ``feedback`` act on it.
 
     Without feedback an observer: training is bit-identical with and without it. **With feedback it changes training.**
@@ -50,6 +53,7 @@ class BiasMonitor(ArgumentsOnly, Callback):
 
     Raises:
         ValueError: If a number is below 1.
+        TypeError: If ``classes``, ``groups`` or ``layers`` is a single string.
         MisconfigurationException: In ``setup``, if a feedback does not find what it needs in the module or the module
             optimises manually; in validation, if logits or labels are missing and there is feedback.
 
@@ -58,6 +62,8 @@ class BiasMonitor(ArgumentsOnly, Callback):
         >>> BiasMonitor(feedback=[ClassReweighting()], classes=("ham", "spam")).feedback
         (ClassReweighting(criterion='criterion', by='class'),)
     """
+
+    _needs_logger = False  # the report and the feedback are there without one
 
     def __init__(
         self,
@@ -69,32 +75,22 @@ class BiasMonitor(ArgumentsOnly, Callback):
         rows: int = 64,
         min_support: int = 20,
     ) -> None:
-        self.schema = schema or BatchSchema()
+        super().__init__(schema)
         self.feedback = tuple(feedback)
-        self.classes, self.groups = tuple(classes), tuple(groups)
-        self.layers = None if layers is None else tuple(layers)
+        self.classes, self.groups = name_list("classes", classes), name_list("groups", groups)
+        self.layers = None if layers is None else name_list("layers", layers)
         self.rows = at_least("rows", rows, 1)
         self.min_support = at_least("min_support", min_support, 1)
         self.report: BiasReport | None = None
         self.ledger: list[dict[str, Any]] = []
-        self._removes: list[Callable[[], None]] = []
-        self._watching = self._fitting = False
+        self._recorder: QuietRecorder | None = None
+        self._guided: list[GuidedStep] = []
         self._sensor = self._new_sensor()
 
     @property
     def state_key(self) -> str:
         """Tell monitors with different feedback apart."""
         return f"BiasMonitor[feedback={[type(feedback).__name__ for feedback in self.feedback]}]"
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find what the feedback needs and listen to the steps."""
-        self._detach()
-        self._fitting = stage == "fit"
-        if self._fitting:
-            self.report, self.ledger, self._sensor = None, [], self._new_sensor()
-            self._bind(pl_module)
-        if stage in ("fit", "validate"):
-            self._attach(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,40 +99,9 @@ class BiasMonitor(ArgumentsOnly, Callback):
         self._sensor.fed.add(self.schema, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add up what all processes were fed, so that the checkpoint of an epoch has all of it."""
+        """Add up over processes, so that the checkpoint of an epoch has all of what was fed."""
         self._sensor.fed.gather(trainer.strategy)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting."""
-        self._watching = bool(self._removes) and not trainer.sanity_checking
-        self._sensor.reset(seed=trainer.global_step)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count the batch."""
-        if self._watching and dataloader_idx == 0:
-            self._count(outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Conclude, feed back, log."""
-        if self._watching:
-            self._conclude(trainer)
-        self._watching = False
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening."""
-        self._detach()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening; ``teardown`` does not run after an exception."""
-        self._detach()
+        self._log_guidance(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the feedback, what training was fed, and the ledger."""
@@ -152,7 +117,15 @@ class BiasMonitor(ArgumentsOnly, Callback):
         self.ledger = list(state_dict.get("ledger", ()))
 
     def _new_sensor(self) -> BiasSensor:
-        return BiasSensor(self.schema, self.classes, self.groups, self.layers, self.rows, self.min_support)
+        return BiasSensor(self.schema, self.classes, self.groups, self.rows, self.min_support)
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._fitting:
+            self.report, self.ledger, self._sensor = None, [], self._new_sensor()
+            self._bind(module)
+        self._recorder = QuietRecorder(
+            module, self.layers, self._sensor.measure, Guard("The attention mass of `BiasMonitor`")
+        )
 
     def _bind(self, module: LightningModule) -> None:
         if self.feedback and not module.automatic_optimization:
@@ -161,46 +134,69 @@ class BiasMonitor(ArgumentsOnly, Callback):
                 "`training_step` instead."
             )
         for feedback in self.feedback:
-            try:
+            with _misconfigured():
                 feedback.bind(module)
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from error
             if isinstance(feedback, AttentionGuidance):
-                self._removes.append(tap_guidance(module, feedback, self.schema))
-
-    def _attach(self, module: LightningModule) -> None:
-        def around(batch: Any) -> AbstractContextManager[Any]:
-            return self._sensor.watch(module, batch) if self._watching else nullcontext()
-
-        self._removes.append(tap_step(module, "validation_step", StepTap(context=around)))
+                self._guided.append(GuidedStep(module, feedback, self.schema))
+                self._removes.append(tap_step(module, "training_step", self._guided[-1].tap))
 
     def _detach(self) -> None:
-        for remove in self._removes:
-            remove()
-        self._removes, self._watching = [], False
+        super()._detach()
+        self._recorder, self._guided = None, []
+        self._sensor.reset()
 
-    def _count(self, outputs: Any, batch: Any) -> None:
-        try:
+    def _is_due(self, trainer: Trainer) -> bool:
+        return True  # in the sanity check too: what is missing had better be known before an epoch of training
+
+    def _begin(self, trainer: Trainer) -> None:
+        self._sensor.reset(seed=trainer.global_step)
+
+    def _watch(self, batch: Any) -> AbstractContextManager[Any]:
+        self._sensor.begin(batch)
+        return self._sensor.listen(self._recorder) if self._recorder else nullcontext()
+
+    def _add(self, outputs: Any, batch: Any) -> None:
+        with self._guarded():
             self._sensor.add(outputs, batch)
-        except MissingPartError as error:
-            if self.feedback:
-                raise MisconfigurationException(str(error)) from error
-            self._watching = False
-            rank_zero_warn(f"`BiasMonitor` stays inert. {error}")
 
-    def _conclude(self, trainer: Trainer) -> None:
-        folder = run_folder(trainer)
-        report = self._sensor.report(trainer.current_epoch, trainer.global_step, trainer.strategy)
-        if report is None:
+    def _guarded(self) -> AbstractContextManager[None]:
+        # with feedback, training would go on with feedback that knows nothing
+        return _misconfigured() if self._fitting and self.feedback else super()._guarded()
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.sanity_checking:
             return
-        self.report = report
+        folder = run_folder(trainer)
+        with self._guarded():
+            report = self._sensor.report(
+                trainer.current_epoch, trainer.global_step, trainer.strategy, failed=self._guard.off
+            )
+            if report is not None:
+                self._conclude(report, trainer, module, folder)
+
+    def _conclude(self, report: BiasReport, trainer: Trainer, module: LightningModule, folder: Path | None) -> None:
         acting = self.feedback if self._fitting else ()
         actions = [action for feedback in acting for action in feedback.apply(report)]
+        self.report = report
         self.ledger.append(_entry(report, actions))
         for name, value in _monitored(report):
-            self.log(f"bias/{name}", value)
+            log_agreed(module, f"bias/{name}", value)
         if trainer.is_global_zero:
             log_report(trainer, report, actions, folder)
+
+    def _log_guidance(self, trainer: Trainer, module: LightningModule) -> None:
+        for number, guided in enumerate(self._guided):
+            mean = guided.mean(trainer.strategy)
+            if mean is not None:
+                log_agreed(module, f"bias/guidance_{number}" if number else "bias/guidance", mean)
+
+
+@contextmanager
+def _misconfigured() -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise MisconfigurationException(message(error)) from error
 
 
 def _monitored(report: BiasReport) -> list[tuple[str, float]]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attn_callbacks._checks import at_least
+from attn_callbacks._checks import at_least, name_list
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._head_table import append_table, layer_scalars, statistic_means
 from attn_callbacks.callbacks._layers import call_name, drawn_rows, known_tokens, samples_of
-from attn_callbacks.callbacks._loggers import log_pictures, log_scalars, run_folder
+from attn_callbacks.callbacks._loggers import log_agreed, log_pictures, log_scalars, run_folder
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall
@@ -39,6 +39,7 @@ class HeadStatistics(ValidationObserver):
     Logs one layer x head picture a statistic (``heads/<statistic>``), the mean over heads of each layer
     (``heads/<statistic>/<layer>``) and over all (``heads/<statistic>_mean``, which ``ModelCheckpoint`` can monitor).
     The table ``attention/head_statistics.csv`` in the run's folder has everything, medians as ``<statistic>_median``.
+    Reads the first validation loader.
 
     Args:
         schema: Where a batch has what; the default reads ``(x, y)`` and Hugging Face batches.
@@ -51,6 +52,7 @@ class HeadStatistics(ValidationObserver):
 
     Raises:
         ValueError: If a number is below 1.
+        TypeError: If ``layers`` is a single string.
 
     Example:
         >>> HeadStatistics(rows=32, layers=["encoder.layer.*"])
@@ -67,57 +69,33 @@ class HeadStatistics(ValidationObserver):
         per_head: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(schema, every_n_epochs)
-        self.layers = None if layers is None else tuple(layers)
+        super().__init__(schema, every_n_epochs, every_n_batches)
+        self.layers = None if layers is None else name_list("layers", layers)
         self.rows = at_least("rows", rows, 1)
-        self.every_n_batches = at_least("every_n_batches", every_n_batches, 1)
         self.per_head = per_head
         self.seed = seed
         self.result: HeadStatisticsResult | None = None
         self.layer_names: tuple[str, ...] = ()
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Decide whether this batch is looked at."""
-        self._looking = self._due and batch_idx % self.every_n_batches == 0
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch."""
-        if self._due:
-            self._add_up(pl_module.device)
+        self._recorder: QuietRecorder | None = None
+        self._metric: HeadStatisticsMetric | None = None
+        self._valid: Tensor | None = None
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._module = module
-        self._recorder = QuietRecorder("HeadStatistics", self._measure, self.layers)
+        self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._generator = torch.Generator()
-        self._metric: HeadStatisticsMetric | None = None
         self._layers: dict[str, int] = {}
-        self._pending: list[tuple[int, Tensor, Tensor]] = []
-        self._looking = False
 
     def _detach(self) -> None:
         super()._detach()
-        for name in ("_module", "_recorder", "_metric", "_pending"):
-            vars(self).pop(name, None)  # a run's tensors do not outlive it
+        self._recorder = self._metric = self._valid = None
 
     def _begin(self, trainer: Trainer) -> None:
         self._generator.manual_seed(self.seed + 1_000_003 * trainer.global_step + trainer.global_rank)
 
-    def _around(self, batch: Any) -> AbstractContextManager[Any]:
-        if not self._due or not self._looking:
-            return nullcontext()
+    def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         self._valid = self.schema.flags("valid", batch)
         self._samples = self.schema.size(batch)
-        return self._recorder.watch(self._module)
+        return self._recorder.watch() if self._recorder else nullcontext()
 
     def _measure(self, call: AttentionCall) -> None:
         call = known_tokens(call, self._valid)
@@ -132,37 +110,30 @@ class HeadStatistics(ValidationObserver):
             square=not call.is_cross and call.shape[2] == call.shape[3],
         )
         layer = self._layers.setdefault(call_name(call), len(self._layers))
-        self._pending.append((layer, *samples_of(statistics, call.query_valid.sum(dim=-1), self._samples)))
+        self._metric = _sized(self._metric, len(self._layers), statistics.shape[1], call.device)
+        self._metric.update(layer, *samples_of(statistics, call.query_valid.sum(dim=-1), self._samples))
 
-    def _add_up(self, device: torch.device) -> None:
-        pending, self._pending = self._pending, []
-        if pending and self._metric is None:  # the first batch tells how many layers and heads there are
-            heads = max(statistics.shape[1] for _, statistics, _ in pending)
-            self._metric = HeadStatisticsMetric(len(self._layers), heads).to(device)
-        for entry in pending:
-            if self._metric is not None:
-                self._metric.update(*entry)
-
-    def _finish(self, trainer: Trainer) -> None:
-        metric, folder = self._agreed_metric(trainer), run_folder(trainer)
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        folder = run_folder(trainer)
+        metric = self._metric = self._agreed_metric(trainer)
         if metric is None:
             return
         result = self.result = HeadStatisticsResult(*(tensor.cpu() for tensor in metric.compute()))
         metric.reset()
-        self.layer_names = tuple(self._layers) or tuple(f"layer_{layer}" for layer in range(metric.layers))
+        unseen = (f"layer_{layer}" for layer in range(len(self._layers), metric.layers))
+        self.layer_names = (*self._layers, *unseen)
         for name, value in statistic_means(result.mean.flatten(0, 1)).items():
-            self.log(f"heads/{name}_mean", value)
+            log_agreed(module, f"heads/{name}_mean", value)
         if trainer.is_global_zero:
-            self._write(trainer, result, folder)
+            with self._guarded():
+                self._write(trainer, result, folder)
 
     def _agreed_metric(self, trainer: Trainer) -> HeadStatisticsMetric | None:
-        """Every process must take part in the reduction, also one whose share of the data was empty."""
+        """Return a metric of the same size on every process, also on one whose share of the data was empty."""
         own, device = self._metric, trainer.strategy.root_device
         sizes = torch.tensor([own.layers, own.heads] if own else [0, 0], device=device)
-        layers, heads = (int(size) for size in trainer.strategy.reduce(sizes, reduce_op="max"))
-        if own is None and layers:
-            own = self._metric = HeadStatisticsMetric(layers, heads).to(device)
-        return own
+        layers, heads = trainer.strategy.reduce(sizes, reduce_op="max").tolist()
+        return _sized(own, layers, heads, device) if layers else None
 
     def _write(self, trainer: Trainer, result: HeadStatisticsResult, folder: Path | None) -> None:
         labels = self.layer_names
@@ -176,3 +147,15 @@ class HeadStatistics(ValidationObserver):
         if folder is not None:
             table = folder / "attention" / "head_statistics.csv"
             append_table(table, trainer.current_epoch, trainer.global_step, result, labels)
+
+
+def _sized(metric: HeadStatisticsMetric | None, layers: int, heads: int, device: torch.device) -> HeadStatisticsMetric:
+    """Return a metric with room for so many layers and heads, and with what ``metric`` holds."""
+    if metric is not None and layers <= metric.layers and heads <= metric.heads:
+        return metric
+    if metric is None:
+        return HeadStatisticsMetric(layers, heads).to(device)
+    grown = HeadStatisticsMetric(max(layers, metric.layers), max(heads, metric.heads)).to(device)
+    for name in ("moments", "histogram", "highest"):
+        grown.writable(name)[: metric.layers, : metric.heads] = getattr(metric, name)
+    return grown

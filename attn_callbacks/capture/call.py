@@ -150,7 +150,10 @@ class AttentionCall:
         batch = self.shape[0]
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         own = {name: tensor[sample : sample + 1] for name, tensor in tensors.items() if len(tensor) == batch}
-        mods = {"score_mod": flex.at_sample(self.score_mod, sample, 1), "mask_mod": flex.at_sample(self.mask_mod, sample, 0)}
+        mods = {
+            "score_mod": flex.at_sample(self.score_mod, sample, 1),
+            "mask_mod": flex.at_sample(self.mask_mod, sample, 0),
+        }
         return replace(self, **own, **mods)
 
     def detach(self) -> AttentionCall:

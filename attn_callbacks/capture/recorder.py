@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks.capture.call import AttentionCall
+from attn_callbacks.capture.compiled import run_eagerly
 from attn_callbacks.capture.scope import ModuleScope
-from attn_callbacks.capture.shared import Shared
 from attn_callbacks.capture.sites import AttentionSites
 
 __all__ = ["AttentionNotFoundError", "AttentionRecorder", "record"]
@@ -31,7 +30,6 @@ class _Active(threading.local):
 
 
 _active = _Active()
-_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
 class AttentionRecorder:
@@ -105,8 +103,7 @@ class AttentionRecorder:
         self._scope = ModuleScope(self.model, self._deliver)
         self._sites = AttentionSites(self._scope, self._add, lambda: _active.paused)
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import would take a second
-                stack.enter_context(_EAGER.held())
+            stack.enter_context(run_eagerly(self.model))
             stack.enter_context(self._scope.open())
             stack.enter_context(self._sites.open())
             _active.recorders.append(self)

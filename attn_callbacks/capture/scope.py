@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from attn_callbacks.capture.call import AttentionCall
@@ -70,6 +71,7 @@ class ModuleScope:
         finally:
             entering.remove()
             leaving.remove()
+            _module._global_forward_hooks_with_kwargs.pop(leaving.id, None)  # which torch forgets
 
     @property
     def module(self) -> nn.Module | None:

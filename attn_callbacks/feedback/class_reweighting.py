@@ -36,10 +36,11 @@ class ClassReweighting(Feedback):
         criterion: Dotted path of the loss in the LightningModule.
         by: ``"class"`` for one weight a class, ``"group"`` for one a class and group; the latter needs groups in the
             batch schema and a training step that passes ``group=`` to the loss.
-        step_size: Change of the log weight per validation for each unit of recall missing. 0.5 to 2 act alike over
-            dozens of validations; with fewer than ten, try 4.
+        step_size: Change of the log weight per validation for each unit of recall missing. Over dozens of validations
+            0.5 to 8 act much alike; over fewer than ten, less is slow and more overshoots.
         smoothing: Share of the old average in the new one, from 0 to below 1.
-        limit: Weights stay between ``1 / limit`` and ``limit`` before normalisation. Keep it small if labels are noisy.
+        limit: Weights stay between ``1 / limit`` and ``limit`` before normalisation, so no two of them differ by more
+            than a factor of ``limit ** 2``. Keep it small if labels are noisy.
         min_support: Least number of validation samples behind a recall that counts; below it, a weight rests.
         dead_band: Deviations of recall up to this, or up to their standard error, are left alone.
         warm_up: Number of reports that are averaged only.

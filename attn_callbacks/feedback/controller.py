@@ -22,7 +22,8 @@ class ControllerSettings:
     Args:
         step_size: Change of the log weight for each unit of recall that is missing, above 0.
         smoothing: Share of the old average in the new one, from 0 (the last recall alone) to below 1.
-        limit: Weights stay between ``1 / limit`` and ``limit`` before they are normalised; above 1.
+        limit: Weights stay between ``1 / limit`` and ``limit`` before they are normalised, so no two of them differ by
+            more than a factor of ``limit ** 2``; above 1.
         min_support: Least number of samples behind a recall that counts, at least 1.
         dead_band: Deviations of recall from the mean up to this, or up to their standard error, are left alone.
 

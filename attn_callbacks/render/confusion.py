@@ -49,10 +49,10 @@ def confusion_picture(
     counts = np.asarray(counts)
     if counts.ndim not in (2, 3) or counts.shape[-1] != counts.shape[-2] or counts.size == 0:
         raise ValueError(f"`counts` must have shape (groups, classes, classes), got {counts.shape}.")
-    grouped = counts.ndim == 3
-    panels = counts if grouped else counts[None]
+    panels = counts if counts.ndim == 3 else counts[None]
     names = _names("class_names", class_names, panels.shape[-1], "class")
-    groups = _names("group_names", group_names, len(panels), "group") if grouped or group_names is not None else [""]
+    alone = len(panels) == 1 and group_names is None
+    groups = [""] if alone else _names("group_names", group_names, len(panels), "group")
     return Picture(_draw(panels.astype(np.float64), names, groups, title))
 
 
@@ -99,13 +99,19 @@ def _cell(names: list[str]) -> tuple[int, int]:
 def _draw_panel(canvas: Canvas, place: tuple[int, int], panel: NDArray[np.float64], cell: tuple[int, int]) -> None:
     support = panel.sum(axis=1, keepdims=True)
     shares = panel / np.where(support > 0, support, 1.0)
-    both = [[f"{short_number(n)}\n{100 * s:.0f} %" for n, s in zip(*lines, strict=True)] for lines in
-            zip(panel, shares, strict=True)]  # fmt: skip
-    counts = [[short_number(n) for n in line] for line in panel]
-    texts = both if fits(both, cell) else counts if fits(counts, cell) else []
     absent = np.broadcast_to(support == 0, panel.shape)
-    texts = [["" if support[row] == 0 else text for text in line] for row, line in enumerate(texts)]
+    texts = _texts(panel, shares, cell) if min(cell) >= 20 else []
     draw_cells(canvas, *place, shades(shares, 0.0, 1.0, sequential()), cell, texts=texts, absent=absent)
+
+
+def _texts(panel: NDArray[np.float64], shares: NDArray[np.float64], cell: tuple[int, int]) -> list[list[str]]:
+    """Return count and share of every cell, or the count alone, or nothing, as there is room; zeros stay empty."""
+    counts = [[short_number(count) if count else "" for count in line] for line in panel]
+    both = [
+        [f"{count}\n{100 * share:.0f} %" if count else "" for count, share in zip(*lines, strict=True)]
+        for lines in zip(counts, shares, strict=True)
+    ]
+    return both if fits(both, cell) else counts if fits(counts, cell) else []
 
 
 def _draw_names(canvas: Canvas, place: tuple[int, int], names: list[str], cell: tuple[int, int], side: int) -> None:

@@ -144,7 +144,7 @@ def _spread(count: int = 64) -> Colours:
     for turn in range(count):
         picked.append(turn if turn < len(_OKABE_ITO) else int(nearest.argmax()))
         gaps = [np.linalg.norm(view - view[picked[-1]], axis=1) for view in views]
-        nearest = np.minimum(nearest, gaps[0] * 0.5 + np.minimum(gaps[1], gaps[2]) * 0.5)
+        nearest = np.minimum(nearest, gaps[0] * 0.2 + np.minimum(gaps[1], gaps[2]) * 0.8)
     return choices[picked]
 
 

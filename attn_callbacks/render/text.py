@@ -103,6 +103,8 @@ def _trimmed(number: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _shown(character: str) -> str:
+    if character == _MISSING:
+        return _MISSING if isinstance(_font(12), ImageFont.FreeTypeFont) else "?"
     if character in _REPLACED:
         return _REPLACED[character]
     if unicodedata.category(character).startswith(("C", "Z")) and character != " ":
@@ -111,7 +113,7 @@ def _shown(character: str) -> str:
     if _has(character):
         return character
     folded = "".join(part for part in unicodedata.normalize("NFKD", character) if not unicodedata.combining(part))
-    return folded if folded != character and all(map(_has, folded)) else _MISSING
+    return folded if folded != character and all(map(_has, folded)) else _shown(_MISSING)
 
 
 def _has(character: str) -> bool:

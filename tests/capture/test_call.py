@@ -20,8 +20,10 @@ def tensors(
 
 def kernel_weights(query: Tensor, key: Tensor, **options: object) -> Tensor:
     """The fused kernel's own weights: its output for the identity in the place of the values."""
-    value = torch.eye(key.shape[2]).expand(*key.shape[:3], -1)
-    return F.scaled_dot_product_attention(query, key, value, **options)
+    value = torch.eye(key.shape[2], key.shape[3]).expand(
+        *key.shape
+    )  # of the keys' width: else no fused kernel takes it
+    return F.scaled_dot_product_attention(query, key, value, **options)[..., : key.shape[2]]
 
 
 KEEP = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None]

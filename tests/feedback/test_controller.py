@@ -1,0 +1,220 @@
+"""One step of the controller: by hand, and what must hold whatever the numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
+
+NAN = math.nan
+PLAIN = ControllerSettings()
+
+
+def fresh(cells):
+    return ControllerState((0.0,) * cells, (NAN,) * cells)
+
+
+def step(recall, support=None, prior=None, state=None, act=True, **changes):
+    support = [1000] * len(recall) if support is None else support
+    prior = [1 / len(recall)] * len(recall) if prior is None else prior
+    state = fresh(len(recall)) if state is None else state
+    return control_step(state, recall, support, prior, replace(PLAIN, **changes), act=act)
+
+
+def test_first_step_by_hand():
+    state = step([0.5, 0.9], [100, 100])
+    # mean 0.7, deviations +0.2 and -0.2, log weights +0.4 and -0.4, divided by (e^0.4 + e^-0.4) / 2 = 1.0811
+    assert state.average == (0.5, 0.9)
+    assert state.weight == pytest.approx((1.4918247 / 1.0810724, 0.6703200 / 1.0810724))
+    assert state.weight == pytest.approx((1.3799490, 0.6200510))
+
+
+def test_second_step_by_hand():
+    state = step([0.9, 0.9], state=step([0.5, 0.9]))
+    # averages 0.7 * 0.5 + 0.3 * 0.9 = 0.62 and 0.9: deviations +-0.14, log weights moved by +-0.28 in all +-0.68
+    assert state.average == pytest.approx((0.62, 0.9))
+    assert state.weight == pytest.approx((math.exp(0.68) / math.cosh(0.68), math.exp(-0.68) / math.cosh(0.68)))
+
+
+def test_three_classes_with_a_skewed_prior_by_hand():
+    state = step([0.9, 0.6, 0.3], prior=[0.8, 0.15, 0.05], step_size=1.0)
+    # deviations -0.3, 0, +0.3
+    scale = 0.8 * math.exp(-0.3) + 0.15 + 0.05 * math.exp(0.3)
+    assert state.weight == pytest.approx((math.exp(-0.3) / scale, 1 / scale, math.exp(0.3) / scale))
+
+
+def test_without_smoothing_the_last_recall_counts():
+    assert step([0.8, 0.9], state=step([0.1, 0.9]), smoothing=0.0).average == (0.8, 0.9)
+
+
+def test_dead_band():
+    assert step([0.50, 0.53], [10**6, 10**6]).log_weight == (0.0, 0.0)  # 0.015 from the mean
+    assert step([0.50, 0.55], [10**6, 10**6]).log_weight != (0.0, 0.0)
+    assert step([0.50, 0.55], [10**6, 10**6], dead_band=0.03).log_weight == (0.0, 0.0)
+
+
+def test_standard_error_widens_the_dead_band():
+    # 0.075 from the mean; standard error of 0.5 on 20 samples 0.107, on 200 samples 0.035
+    assert step([0.50, 0.65], [20, 20]).log_weight == (0.0, 0.0)
+    assert step([0.50, 0.65], [200, 200]).log_weight[0] > 0
+
+
+def test_each_cell_has_its_own_dead_band():
+    state = step([0.5, 0.65], [10_000, 20], prior=[0.5, 0.5])
+    scale = (math.exp(0.15) + 1) / 2
+    assert state.weight == pytest.approx((math.exp(0.15) / scale, 1 / scale))
+
+
+def test_perfect_recall_of_few_samples_is_not_certain():
+    # without the added hit and miss the standard error of 1.0 would be 0
+    assert step([1.0, 0.95], [20, 20]).log_weight == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("recall", "support"), [(NAN, 1000), (0.1, 19), (NAN, 0)])
+def test_unmeasured_cell_rests_and_stays_out_of_the_mean(recall, support):
+    state = step([0.5, recall, 0.9], [1000, support, 1000], prior=[0.4, 0.2, 0.4])
+    alone = step([0.5, 0.9])
+    assert state.weight[1] == 1.0
+    assert math.isnan(state.average[1])
+    assert (state.weight[0], state.weight[2]) == pytest.approx(alone.weight)
+
+
+def test_cell_that_lost_its_support_keeps_its_average_and_its_place():
+    before = step([0.3, 0.9, 0.6])
+    after = step([0.6, NAN, 0.6], [1000, 0, 1000], state=before, smoothing=0.0)
+    assert after.average[1] == 0.9
+    assert after.weight == pytest.approx(before.weight)
+
+
+def test_warm_up_averages_and_does_not_act():
+    state = step([0.2, 0.9], act=False)
+    assert state.log_weight == (0.0, 0.0)
+    assert step([0.4, 0.9], state=state, act=False).average == pytest.approx((0.26, 0.9))
+
+
+def test_bounds_before_normalisation():
+    state = step([0.0, 1.0], prior=[0.5, 0.5], step_size=100.0)
+    assert state.weight == pytest.approx((10 / 5.05, 0.1 / 5.05))
+    assert step([0.0, 1.0], step_size=100.0, limit=2.0).weight == pytest.approx((2 / 1.25, 0.5 / 1.25))
+
+
+def test_one_measured_cell_has_nobody_to_differ_from():
+    assert step([0.1, NAN]).log_weight == (0.0, 0.0)
+
+
+def test_nothing_measured_changes_nothing():
+    before = step([0.2, 0.9])
+    assert step([NAN, NAN], state=before).weight == pytest.approx(before.weight)
+
+
+def test_training_without_the_steered_cells_is_not_divided_by_zero():
+    assert step([0.5, 0.9, NAN], prior=[0.0, 0.0, 1.0]).weight == pytest.approx((math.exp(0.4), math.exp(-0.4), 1.0))
+
+
+def test_steady_bias_settles_at_the_bounds():
+    state = fresh(2)
+    for _ in range(200):
+        state = step([0.2, 0.9], prior=[0.05, 0.95], state=state)
+    scale = 0.05 * 10 + 0.95 * 0.1
+    assert state.weight == pytest.approx((10 / scale, 0.1 / scale))
+
+
+CELLS = st.integers(1, 7)
+
+
+@st.composite
+def situations(draw):
+    """A state reached in some steps of any recalls, and the next step from it."""
+    cells = draw(CELLS)
+    prior = [draw(st.floats(0.01, 1)) for _ in range(cells)]
+    prior = [share / math.fsum(prior) for share in prior]
+    recall = st.one_of(st.just(NAN), st.floats(0, 1))
+    steps = [
+        ([draw(recall) for _ in range(cells)], [draw(st.integers(0, 500)) for _ in range(cells)])
+        for _ in range(draw(st.integers(1, 4)))
+    ]
+    return prior, steps, draw(st.floats(0.1, 20)), draw(st.floats(1.5, 50))
+
+
+def walk(situation, order=None):
+    prior, steps, step_size, limit = situation
+    chosen = ControllerSettings(step_size=step_size, limit=limit)
+    order = range(len(prior)) if order is None else order
+    states = [fresh(len(prior))]
+    for recall, support in steps:
+        moved = ([values[i] for i in order] for values in (recall, support, prior))
+        states.append(control_step(states[-1], *moved, chosen))
+    return states
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(situations())
+def test_expected_weight_stays_one(situation):
+    for state in walk(situation):
+        total = math.fsum(share * weight for share, weight in zip(situation[0], state.weight, strict=True))
+        assert total == pytest.approx(1, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(situations())
+def test_ratio_of_steered_weights_stays_within_the_bounds(situation):
+    """Normalisation divides all by one number, so it is their ratio that the bounds before it show in."""
+    for state in walk(situation):
+        weights = [w for w, average in zip(state.weight, state.average, strict=True) if not math.isnan(average)]
+        assert all(math.isfinite(weight) and weight > 0 for weight in state.weight)
+        assert not weights or max(weights) / min(weights) <= situation[3] ** 2 * (1 + 1e-12)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(situations())
+def test_never_measured_cells_are_never_touched(situation):
+    _, steps, _, _ = situation
+    for cell, weight in enumerate(walk(situation)[-1].weight):
+        if all(math.isnan(recall[cell]) or support[cell] < 20 for recall, support in steps):
+            assert weight == 1.0
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(situations(), st.randoms(use_true_random=False))
+def test_order_of_the_cells_does_not_matter_to_the_last_bit(situation, random):
+    order = list(range(len(situation[0])))
+    random.shuffle(order)
+    straight, shuffled = walk(situation)[-1], walk(situation, order)[-1]
+    assert shuffled.log_weight == tuple(straight.log_weight[i] for i in order)
+    assert str(shuffled.average) == str(tuple(straight.average[i] for i in order))  # NaN differs from itself
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(situations())
+def test_lower_recall_never_gets_the_lower_push(situation):
+    state = walk(situation)[-1]
+    cells = len(state.average)
+    recall = [0.5 if math.isnan(average) else average for average in state.average]
+    pushed = control_step(fresh(cells), recall, [10**6] * cells, situation[0], PLAIN)
+    ranked = sorted(range(cells), key=lambda cell: recall[cell])
+    for low, high in pairwise(ranked):
+        assert pushed.log_weight[low] >= pushed.log_weight[high] - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step_size": 0}, "`step_size` must be above 0 and finite, got 0"),
+        ({"step_size": NAN}, "`step_size` must be above 0"),
+        ({"smoothing": 1.0}, r"`smoothing` must lie in \[0, 1\), got 1.0"),
+        ({"smoothing": -0.1}, "`smoothing`"),
+        ({"limit": 1.0}, "`limit` must be above 1 and finite, got 1.0"),
+        ({"limit": math.inf}, "`limit` must be above 1"),
+        ({"min_support": 0}, "`min_support` must be at least 1, got 0"),
+        ({"dead_band": -0.1}, "`dead_band` must lie between 0 and 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ControllerSettings(**changes)
