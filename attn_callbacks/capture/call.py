@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from attn_callbacks._checks import at_least
 from attn_callbacks.capture import flex
+from attn_callbacks.capture.pooling import pooled_weights
 from attn_callbacks.capture.rows import check_rows, row_chunks, take_rows
 
 __all__ = ["AttentionCall"]
 
-_MASKED = -1e8
-"""Additive masks below this are "may not attend": ``finfo.min``, ``-inf`` and -1e9 are, no position bias ever is."""
+_MASKED = -1e8  # additive masks below are "may not attend": finfo.min, -inf and -1e9 are, no position bias ever is
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class AttentionCall:
     Shape:
         - query: ``(batch, heads, queries, head_dim)``
         - key, value: ``(batch, key_heads, keys, head_dim)``
-        - mask: broadcastable to ``(batch, heads, queries, keys)``
+        - mask: four axes, broadcastable to ``(batch, heads, queries, keys)``
         - scores, recorded: ``(batch, heads, queries, keys)``
 
     Raises:
@@ -146,20 +147,23 @@ class AttentionCall:
         return replace(self, given_query_valid=queries, given_key_valid=keys)
 
     def select(self, sample: int) -> AttentionCall:
-        """Return the call for one entry of the batch axis, which stays with length one."""
+        """Return the call for one entry of the batch axis, which stays with length one.
+
+        Raises:
+            ValueError: If there is no such entry.
+        """
         batch = self.shape[0]
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        own = {name: tensor[sample : sample + 1] for name, tensor in tensors.items() if len(tensor) == batch}
-        mods = {
-            "score_mod": flex.at_sample(self.score_mod, sample, 1),
-            "mask_mod": flex.at_sample(self.mask_mod, sample, 0),
-        }
-        return replace(self, **own, **mods)
+        if not 0 <= sample < batch:
+            raise ValueError(f"`sample` must be at least 0 and below the batch size {batch}, got {sample}.")
+        own: dict[str, Any] = {n: t[sample : sample + 1] for n, t in self._tensors().items() if len(t) == batch}
+        own["score_mod"] = flex.at_sample(self.score_mod, sample, 1)
+        own["mask_mod"] = flex.at_sample(self.mask_mod, sample, 0)
+        return replace(self, **own)
 
     def detach(self) -> AttentionCall:
         """Return this call without its graph."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: tensor.detach() for name, tensor in tensors.items()})
+        detached: dict[str, Any] = {name: tensor.detach() for name, tensor in self._tensors().items()}
+        return replace(self, **detached)
 
     def allowed(self, rows: Tensor | None = None) -> Tensor:
         """Where a query may attend: bool, broadcastable to ``(batch, heads, rows, keys)``.
@@ -226,19 +230,19 @@ class AttentionCall:
 
         Shape:
             - output: ``(batch, heads, query_buckets, key_buckets)``
+
+        Raises:
+            ValueError: If there are more buckets than queries or keys.
         """
-        batch, heads, queries, keys = self.shape
-        places = torch.arange(queries, device=self.device) * query_buckets // queries
-        columns = torch.arange(keys, device=self.device) * key_buckets // keys
-        valid = self.query_valid
-        total = torch.zeros(batch, heads, query_buckets, key_buckets, device=self.device)
-        count = torch.zeros(batch, heads, query_buckets, device=self.device)
-        for rows in row_chunks(queries, self.device):
-            weights = self.weights(rows).float() * valid[:, None, rows, None]
-            pooled = weights.new_zeros(batch, heads, len(rows), key_buckets).index_add_(-1, columns, weights)
-            total.index_add_(2, places[rows], pooled)
-            count.index_add_(2, places[rows], (weights.sum(dim=-1) > 0).float())
-        return total / count.clamp_min(1.0)[..., None]
+        queries, keys = self.shape[2:]
+        parts = (at_least("query_buckets", query_buckets, 1), at_least("key_buckets", key_buckets, 1))
+        if parts[0] > queries or parts[1] > keys:
+            raise ValueError(f"Buckets must be at most (queries, keys) = {(queries, keys)}, got {parts}.")
+        return pooled_weights(self.weights, self.query_valid, self.shape, parts)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
     @property
     def _source(self) -> Tensor:

@@ -288,3 +288,65 @@ def test_a_call_has_exactly_one_source(sources: dict[str, bool], got: str) -> No
 def test_a_uniform_row_is_known_by_hand() -> None:
     weights = AttentionCall("a", query=torch.zeros(1, 1, 2, 4), key=torch.randn(1, 1, 4, 4)).weights()
     assert np.allclose(weights, 0.25)
+
+
+def every_source() -> dict[str, AttentionCall]:
+    query, key = tensors(key_heads=2)
+    fused = AttentionCall("a", query=query, key=key, mask=KEEP, is_causal=True)
+    lengths = torch.tensor([5, 3])
+    return {
+        "fused": fused,
+        "one mask for all": AttentionCall("a", query=query, key=key, mask=MASKS["float alibi"]),
+        "scores": AttentionCall("a", scores=fused.logits()),
+        "recorded": AttentionCall("a", recorded=fused.weights()),
+        "flex": AttentionCall(
+            "a",
+            query=query,
+            key=key,
+            score_mod=lambda score, b, h, q, k: score + b * k,
+            mask_mod=lambda b, h, q, k: k < lengths[b],
+        ),
+        "known": fused.with_valid(torch.rand(2, 5) > 0.5, torch.rand(2, 5) > 0.5),
+    }
+
+
+@pytest.mark.parametrize("source", every_source())
+def test_one_sample_of_a_call_is_that_sample(source: str) -> None:
+    call = every_source()[source]
+    for sample in range(2):
+        one = call.select(sample)
+        assert one.shape == (1, *call.shape[1:])
+        assert torch.allclose(one.weights(), call.weights()[sample : sample + 1], atol=1e-6)
+        assert torch.equal(one.query_valid, call.query_valid[sample : sample + 1])
+        assert torch.equal(one.key_valid, call.key_valid[sample : sample + 1])
+    with pytest.raises(ValueError, match="`sample` must be at least 0 and below the batch size 2, got 2"):
+        call.select(2)
+
+
+@pytest.mark.parametrize("source", every_source())
+@pytest.mark.parametrize(("parts", "of_keys"), [(1, 1), (2, 3), (5, 5), (3, 5)])
+def test_buckets_hold_means_over_queries_and_sums_over_keys(source: str, parts: int, of_keys: int) -> None:
+    call = every_source()[source]
+    weights, valid = call.weights().double().numpy(), call.query_valid.numpy()
+    expected = np.zeros((2, 4, parts, of_keys))
+    for b, h, p in np.ndindex(2, 4, parts):
+        own = [i for i in range(5) if i * parts // 5 == p and valid[b, i] and weights[b, h, i].sum() > 0]
+        for j in range(5):
+            expected[b, h, p, j * of_keys // 5] += sum(weights[b, h, i, j] for i in own) / max(len(own), 1)
+    assert close(call.bucketed_weights(parts, of_keys), expected)
+
+
+def test_buckets_of_a_long_sequence_come_from_chunks_of_rows() -> None:
+    query, key = torch.randn(1, 1, 600, 4), torch.randn(1, 1, 600, 4)
+    call = AttentionCall("a", query=query, key=key)
+    expected = call.weights().view(1, 1, 4, 150, 4, 150).sum(dim=-1).mean(dim=3)
+    assert torch.allclose(call.bucketed_weights(4, 4), expected, atol=1e-6)
+
+
+def test_there_are_at_most_as_many_buckets_as_tokens() -> None:
+    query, key = tensors()
+    call = AttentionCall("a", query=query, key=key)
+    with pytest.raises(ValueError, match=r"at most \(queries, keys\) = \(5, 5\), got \(6, 1\)"):
+        call.bucketed_weights(6, 1)
+    with pytest.raises(ValueError, match="`key_buckets` must be at least 1, got 0"):
+        call.bucketed_weights(1, 0)
