@@ -9,7 +9,7 @@ DATA := $(VENV)/.data
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format clean
+.PHONY: help demo test slow lint format bench clean
 .SUFFIXES:
 
 help: ## Show this list
@@ -36,6 +36,10 @@ lint: $(INSTALLED) ## Check style (ruff) and types (mypy)
 format: $(INSTALLED) ## Format the code and cure what ruff can cure by itself
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
+
+bench: $(INSTALLED) ## Measure what looking costs; takes minutes, wants a quiet machine
+	@$(PY) -m benchmarks.capture
+	@$(PY) -m benchmarks.training
 
 clean: ## Remove caches and build products; keeps .venv and runs
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,10 +14,9 @@ from attn_callbacks._checks import at_least
 from attn_callbacks.capture import flex
 from attn_callbacks.capture.pooling import pooled_weights
 from attn_callbacks.capture.rows import check_rows, row_chunks, take_rows
+from attn_callbacks.capture.scores import fused_scores, let_through, wide
 
 __all__ = ["AttentionCall"]
-
-_MASKED = -1e8  # additive masks below are "may not attend": finfo.min, -inf and -1e9 are, no position bias ever is
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +82,10 @@ class AttentionCall:
     given_key_valid: Tensor | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("query", "scores", "recorded") if getattr(self, name) is not None]
-        if len(given) != 1 or (self.query is None) != (self.key is None):
-            given += ["key"] if self.key is not None else []
-            raise ValueError(
-                "`AttentionCall` needs one source, `query` and `key`, or `scores`, or `recorded`; "
-                f"got {' and '.join(f'`{name}`' for name in given) or 'none'}."
-            )
+        given = [name for name in ("query", "key", "scores", "recorded") if getattr(self, name) is not None]
+        if given not in (["query", "key"], ["scores"], ["recorded"]):
+            got = ", ".join(f"`{name}`" for name in given) or "none"
+            raise ValueError(f"`AttentionCall` needs `query` and `key`, or `scores`, or `recorded`; got {got}.")
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -147,11 +143,7 @@ class AttentionCall:
         return replace(self, given_query_valid=queries, given_key_valid=keys)
 
     def select(self, sample: int) -> AttentionCall:
-        """Return the call for one entry of the batch axis, which stays with length one.
-
-        Raises:
-            ValueError: If there is no such entry.
-        """
+        """Return the call for one entry of the batch axis, which stays with length one."""
         batch = self.shape[0]
         if not 0 <= sample < batch:
             raise ValueError(f"`sample` must be at least 0 and below the batch size {batch}, got {sample}.")
@@ -166,11 +158,7 @@ class AttentionCall:
         return replace(self, **detached)
 
     def allowed(self, rows: Tensor | None = None) -> Tensor:
-        """Where a query may attend: bool, broadcastable to ``(batch, heads, rows, keys)``.
-
-        Args:
-            rows: As in :meth:`weights`.
-        """
+        """Where a query may attend: bool, broadcastable to the shape of :meth:`weights` for the same ``rows``."""
         rows = check_rows(rows, self.shape, self.device)
         allowed = self._unmasked(rows)
         if not self.is_causal:
@@ -183,18 +171,13 @@ class AttentionCall:
     def logits(self, rows: Tensor | None = None) -> Tensor | None:
         """Scores before the softmax, ``-inf`` where a query may not attend; ``None`` for recorded weights.
 
-        Args:
-            rows: As in :meth:`weights`.
-
-        Shape:
-            - output: ``(batch, heads, rows, keys)``, float32 or wider
+        Arguments and shape are those of :meth:`weights`.
         """
         if self.recorded is not None:
             return None
         rows = check_rows(rows, self.shape, self.device)
         with torch.autocast(self.device.type, enabled=False):  # would cast float() @ float() down again
-            scores = self._fused_scores(rows) if self.scores is None else _wide(take_rows(self.scores, rows))
-            return scores.masked_fill(~self.allowed(rows), -math.inf)
+            return self._scores(rows).masked_fill(~self.allowed(rows), -math.inf)
 
     def weights(self, rows: Tensor | None = None) -> Tensor:
         """Attention weights without dropout: rows sum to one, rows without any allowed key are zero.
@@ -212,7 +195,7 @@ class AttentionCall:
             ValueError: If ``rows`` has neither of the two shapes.
         """
         if self.recorded is not None:
-            return _wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
+            return wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
         logits = cast(Tensor, self.logits(rows))
         dead = logits.detach().amax(dim=-1, keepdim=True) == -math.inf
         # zeros, not -inf, in rows without keys: a softmax of -inf alone is NaN, and so is its gradient
@@ -248,18 +231,12 @@ class AttentionCall:
     def _source(self) -> Tensor:
         return next(tensor for tensor in (self.query, self.scores, self.recorded) if tensor is not None)
 
-    def _fused_scores(self, rows: Tensor | None) -> Tensor:
-        """What the kernel computes before its softmax, boolean masks left aside."""
-        query, key = _wide(take_rows(cast(Tensor, self.query), rows)), _wide(cast(Tensor, self.key))
-        if 1 < key.shape[1] < query.shape[1]:
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        scale = 1.0 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale
-        scores = (query @ key.transpose(-2, -1)) * scale
-        if self.mask is not None and self.mask.is_floating_point():
-            scores = scores + _wide(take_rows(self.mask, rows))
-        if self.score_mod is not None:
-            scores = flex.modified_scores(self.score_mod, scores, rows)
-        return scores
+    def _scores(self, rows: Tensor | None) -> Tensor:
+        """The input of the softmax, where boolean masks and ``is_causal`` are left aside."""
+        if self.query is None or self.key is None:
+            return wide(take_rows(self._source, rows))
+        scores = fused_scores(self.query, self.key, self.mask, self.scale, rows)
+        return scores if self.score_mod is None else flex.modified_scores(self.score_mod, scores, rows)
 
     def _unmasked(self, rows: Tensor | None) -> Tensor:
         """Where the masks let a query attend, ``is_causal`` left aside."""
@@ -270,9 +247,4 @@ class AttentionCall:
         mask = self.mask if self.scores is None else self.scores
         if mask is None:
             return torch.ones(1, 1, 1, self.shape[-1], dtype=torch.bool, device=self.device)
-        taken = take_rows(mask, rows)
-        return taken if taken.dtype == torch.bool else taken > max(_MASKED, torch.finfo(taken.dtype).min / 2)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        return let_through(mask, rows)

@@ -276,12 +276,12 @@ def test_recorded_rows_that_are_not_a_number_are_invalid() -> None:
         ({}, "none"),
         ({"query": True}, "`query`"),
         ({"key": True}, "`key`"),
-        ({"scores": True, "recorded": True}, "`scores` and `recorded`"),
-        ({"query": True, "key": True, "scores": True}, "`query` and `scores` and `key`"),
+        ({"scores": True, "recorded": True}, "`scores`, `recorded`"),
+        ({"query": True, "key": True, "scores": True}, "`query`, `key`, `scores`"),
     ],
 )
 def test_a_call_has_exactly_one_source(sources: dict[str, bool], got: str) -> None:
-    with pytest.raises(ValueError, match=f"needs one source.*got {got}\\."):
+    with pytest.raises(ValueError, match=f"needs `query` and `key`, or `scores`, or `recorded`; got {got}\\."):
         AttentionCall("a", **dict.fromkeys(sources, torch.zeros(1, 1, 2, 2)))
 
 

@@ -1,0 +1,203 @@
+"""What arrives at the loggers: tags, pictures, numbers and files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from attn_callbacks import AttentionHeatmaps, BiasMonitor, HeadStatistics
+from attn_callbacks.callbacks._loggers import run_folder
+from attn_callbacks.functional import STATISTICS
+from tests.callbacks.models import (
+    LAYERS,
+    Classifier,
+    Vit,
+    board_logger,
+    csv_logger,
+    feeding_monitor,
+    fit,
+    pair_loader,
+    pl,
+    quiet_trainer,
+)
+
+NAMES = [f"net.encoder.layers.{layer}.self_attn" for layer in range(LAYERS)]
+EPOCHS, STEPS = 2, 4  # optimiser steps an epoch
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def watchers() -> list[Any]:
+    return [AttentionHeatmaps(samples=2), HeadStatistics(per_head=True), feeding_monitor(classes=("bad", "good"))]
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("board")
+    fit(Classifier(), quiet_trainer(folder, watchers(), logger=board_logger(folder), max_epochs=EPOCHS))
+    return events(folder / "board")
+
+
+def test_tensorboard_tags(board: Any) -> None:
+    tags = board.Tags()
+    drawn = {f"attention/sample_{sample}/{name}" for sample in range(2) for name in NAMES}
+    assert set(tags["images"]) == drawn | {f"heads/{name}" for name in STATISTICS} | {"bias/confusion"}
+    scalars = set(tags["scalars"])
+    assert {f"heads/{name}_mean" for name in STATISTICS} <= scalars
+    assert {f"heads/entropy/{name}" for name in NAMES} <= scalars
+    assert f"heads/entropy/{NAMES[0]}/head_1" in scalars
+    monitored = {"bias/accuracy", "bias/gap", "bias/worst_class_recall", "bias/worst_group_accuracy", "bias/guidance"}
+    assert monitored | {"bias/recall/bad", "bias/relevance_mass/good"} <= scalars
+    assert tags["tensors"] == ["bias/summary/text_summary"]
+
+
+def test_tensorboard_has_one_event_a_validation_at_the_optimiser_steps(board: Any) -> None:
+    tags = board.Tags()
+    for tag in tags["images"]:
+        assert [event.step for event in board.Images(tag)] == [STEPS, 2 * STEPS], tag
+    for tag in (f"heads/entropy/{NAMES[0]}", "bias/recall/bad"):
+        assert [event.step for event in board.Scalars(tag)] == [STEPS, 2 * STEPS]
+    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("bias/summary/text_summary")]
+    assert [f"epoch {epoch}" in text for epoch, text in enumerate(texts)] == [True, True]
+
+
+def test_tensorboard_pictures_decode(board: Any) -> None:
+    for tag in board.Tags()["images"]:
+        event = board.Images(tag)[-1]
+        picture = Image.open(io.BytesIO(event.encoded_image_string))
+        assert picture.size == (event.width, event.height)
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 8
+
+
+def test_csv_logger_gets_pictures_as_files_and_the_table(tmp_path: Path) -> None:
+    statistics = HeadStatistics()
+    trainer = quiet_trainer(
+        tmp_path, [AttentionHeatmaps(samples=1), statistics, BiasMonitor()], logger=csv_logger(tmp_path), max_epochs=2
+    )
+    fit(Classifier(), trainer)
+    folder = tmp_path / "run"
+    drawn = {f"attention/sample_0/{name}_step{step}.png" for name in NAMES for step in (4, 8)}
+    grids = {f"heads/{name}_step{step}.png" for name in STATISTICS for step in (4, 8)}
+    found = {path.relative_to(folder).as_posix() for path in folder.glob("**/*.png")}
+    assert found == drawn | grids | {"bias/confusion_step4.png", "bias/confusion_step8.png"}
+    for path in folder.glob("**/*.png"):
+        Image.open(path).load()
+
+    with (folder / "attention" / "head_statistics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["epoch", "step", "layer", "head", "statistic", "value", "standard_error"]
+    assert {(row["epoch"], row["step"]) for row in rows} == {("0", "4"), ("1", "8")}
+    last = {(r["layer"], int(r["head"]), r["statistic"]): r for r in rows if r["epoch"] == "1"}
+    for layer, name in enumerate(NAMES):
+        for head in range(2):
+            for index, statistic in enumerate(STATISTICS):
+                row = last[name, head, statistic]
+                assert float(row["value"]) == statistics.result.mean[layer, head, index]
+                error = float(statistics.result.standard_error[layer, head, index])
+                assert row["standard_error"] == ("" if np.isnan(error) else str(error))
+            assert float(last[name, head, "entropy_median"]["value"]) == statistics.result.median[layer, head, 0]
+
+    means = {statistic: np.mean([float(r["value"]) for k, r in last.items() if k[2] == statistic]) for statistic in STATISTICS}
+    logged = {name: trainer.callback_metrics[f"heads/{name}_mean"].item() for name in STATISTICS}
+    assert logged == pytest.approx(means, rel=1e-6)
+
+    with (folder / "metrics.csv").open(newline="") as file:
+        written = [row for row in csv.DictReader(file) if row[f"heads/entropy/{NAMES[1]}"]]
+    expected = np.mean([float(last[NAMES[1], head, "entropy"]["value"]) for head in range(2)])
+    assert float(written[-1][f"heads/entropy/{NAMES[1]}"]) == pytest.approx(expected)
+    lines = [json.loads(line) for line in (folder / "attention" / "bias.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+
+
+def make_image_logger(folder: Path) -> Any:
+    """A logger as W&B's is: takes pictures, text and numbers, and only says where it saves."""
+
+    class ImageLogger(pl.loggers.logger.Logger):
+        def __init__(self) -> None:
+            self.images: list[tuple[str, Any, int]] = []
+            self.texts: list[tuple[str, str]] = []
+            self.numbers: list[tuple[dict[str, float], int]] = []
+            self.experiment = object()
+
+        name, version, save_dir = "project", "abc", str(folder)
+
+        def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+            self.images.append((key, images[0], step))
+
+        def log_text(self, key: str, columns: list[str], data: list[list[str]], step: int | None = None) -> None:
+            self.texts.append((key, data[0][0]))
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.numbers.append((metrics, step))
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    return ImageLogger()
+
+
+def test_logger_that_takes_pictures(tmp_path: Path) -> None:
+    logger = make_image_logger(tmp_path)
+    fit(Classifier(), quiet_trainer(tmp_path, watchers(), logger=logger))
+    keys = [key for key, _, _ in logger.images]
+    assert len(keys) == len(set(keys)) == 2 * LAYERS + len(STATISTICS) + 1
+    assert all(image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8 for _, image, _ in logger.images)
+    assert {step for _, _, step in logger.images} == {STEPS}
+    assert [key for key, _ in logger.texts] == ["bias/summary"]
+    assert any("bias/recall/good" in metrics for metrics, _ in logger.numbers)
+    assert not list(tmp_path.glob("**/*.png"))
+    assert (tmp_path / "project" / "abc" / "attention" / "head_statistics.csv").exists()  # runs do not share a folder
+
+
+def test_two_loggers_get_the_same(tmp_path: Path) -> None:
+    loggers = [board_logger(tmp_path), csv_logger(tmp_path)]
+    trainer = quiet_trainer(tmp_path, [AttentionHeatmaps(samples=1), HeadStatistics()], logger=loggers)
+    fit(Classifier(), trainer)
+    assert run_folder(trainer) == tmp_path / "board"
+    tags = events(tmp_path / "board").Tags()["images"]
+    files = {path.relative_to(tmp_path / "board").as_posix() for path in tmp_path.glob("board/**/*.png")}
+    assert files == {f"{tag}_step{STEPS}.png" for tag in tags}
+
+
+def test_image_model_gets_overlays(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [AttentionHeatmaps(samples=1)], logger=board_logger(tmp_path))
+    fit(Classifier(Vit()), trainer, pair_loader(16, images=True), pair_loader(8, images=True))
+    tags = events(tmp_path / "board").Tags()["images"]
+    assert {tag for tag in tags if tag.endswith("/image")} == {f"attention/sample_0/{name}/image" for name in NAMES}
+
+
+def test_model_checkpoint_can_monitor(tmp_path: Path) -> None:
+    best = pl.callbacks.ModelCheckpoint(str(tmp_path), monitor="bias/worst_group_accuracy", mode="max", filename="best")
+    stop = pl.callbacks.EarlyStopping(monitor="heads/entropy_mean", mode="min")
+    trainer = quiet_trainer(
+        tmp_path,
+        [*watchers(), best, stop],
+        logger=csv_logger(tmp_path),
+        enable_checkpointing=True,
+        max_epochs=2,
+    )
+    fit(Classifier(), trainer)
+    assert best.best_model_score == pytest.approx(max(e["worst_group_accuracy"] for e in trainer.callbacks[2].ledger))
+    assert stop.best_score == pytest.approx(trainer.callback_metrics["heads/entropy_mean"].item(), rel=0.2)
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("attn_callbacks.callbacks.head_statistics.append_table", full)
+    trainer = quiet_trainer(tmp_path, [HeadStatistics()], logger=csv_logger(tmp_path))
+    with pytest.warns(UserWarning, match="`HeadStatistics` is switched off.*OSError: No space left"):
+        fit(Classifier(), trainer)
+    assert trainer.current_epoch == 1
