@@ -88,7 +88,7 @@ class BatchSchema:
     def size(self, batch: Any) -> int | None:
         """Return the number of samples in ``batch``, or ``None`` if nothing in it says so."""
         found = (self.read(field, batch) for field in ("target", "tokens", "image", "inputs"))
-        return next((len(part) for part in found if isinstance(part, (Tensor, list)) and len(part)), None)
+        return next((size for part in found if (size := _length(part))), None)
 
     def flags(self, field: str, batch: Any) -> Tensor | None:
         """Return a token field (``valid``, ``relevance``, ``spurious``) as bool ``(samples, tokens)``."""
@@ -150,6 +150,11 @@ def _part(whole: Any, key: Any) -> Any:
     if isinstance(whole, Mapping):
         return whole.get(key)
     return getattr(whole, key, None) if isinstance(key, str) else None
+
+
+def _length(part: Any) -> int:
+    has_length = isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0)
+    return len(part) if has_length else 0
 
 
 def _tensor(found: Any) -> Tensor | None:

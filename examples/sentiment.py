@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers import logging as transformers_logging
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from attn_callbacks import AttentionGuidance, AttentionHeatmaps, BiasMonitor, ClassReweighting, HeadStatistics
 from examples import digits
@@ -106,10 +107,11 @@ def train(arm: str, splits: Splits, words: frozenset[str], seed: int) -> tuple[R
         accelerator="cpu",
         num_sanity_val_steps=0,
     )
-    shuffle = torch.Generator().manual_seed(seed)
+    lengths = [len(ids) for ids in training.input_ids]
+    shuffled = LengthGroupedSampler(BATCH, lengths=lengths, generator=torch.Generator().manual_seed(seed))
     trainer.fit(
         model,
-        DataLoader(training, BATCH, shuffle=True, generator=shuffle, collate_fn=collate),
+        DataLoader(training, BATCH, sampler=shuffled, collate_fn=collate),
         DataLoader(validation, 50, collate_fn=collate),
     )
     return evaluate(model, DataLoader(test, 50, collate_fn=collate)), monitor
@@ -159,7 +161,8 @@ def main(seeds: int) -> None:
 def quiet() -> None:
     """Leave the terminal to the progress bar and the story."""
     warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -23,8 +23,10 @@ def run_folder(trainer: Trainer) -> Path | None:
     """Folder of the run, ``None`` without a logger. Communicates between processes: call it on every rank."""
     loggers = _loggers(trainer)
     folder = trainer.log_dir if loggers else None
-    if folder is None or hasattr(loggers[0], "log_dir"):
-        return None if folder is None else Path(folder)
+    if folder is None:
+        return None
+    if getattr(loggers[0], "log_dir", None) is not None:
+        return Path(folder)
     # what the Trainer knows of other loggers is a folder that all runs share
     return Path(folder, *(str(part) for part in (loggers[0].name, loggers[0].version) if part is not None))
 

@@ -45,8 +45,10 @@ class SoftmaxWatch:
         """Some softmax waits for its product."""
         return bool(self._waiting)
 
-    def made(self, output: Tensor, scores: Tensor, dim: int | None = None, *_: Any, **__: Any) -> None:
+    def made(self, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember a softmax over the last axis of at least three."""
+        given = {**dict(zip(("input", "dim"), args, strict=False)), **kwargs}
+        scores, dim = given["input"], given.get("dim")
         if scores.ndim >= 3 and dim in (-1, scores.ndim - 1):
             self._wait(output, _Softmax(scores))
 
@@ -113,6 +115,8 @@ def _einsum_attends(equation: str, position: int) -> bool:
     inputs, _, output = equation.replace(" ", "").replace("...", ".").partition("->")
     terms = inputs.split(",")
     weights, others = terms[position], "".join(terms[:position] + terms[position + 1 :])
+    if len(weights) < 2:  # an ellipsis alone
+        return False
     query, key = weights[-2], weights[-1]
     result = output if "->" in equation else "".join(axis for axis in inputs if inputs.count(axis) == 1)
     return key in others and key not in result and query not in others and query in result and weights[0] in others

@@ -56,7 +56,7 @@ class AttentionSites(TorchFunctionMode):
         if call is not None:
             self._emit(call)
         elif func in SOFTMAXES:
-            self._softmax.made(output, *args, **kwargs)
+            self._softmax.made(output, args, kwargs)
         elif self._softmax.pending:
             self._softmax.used(func, args, kwargs, output, self._scope.modules())
         return output

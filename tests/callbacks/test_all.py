@@ -73,8 +73,8 @@ def test_validate_test_and_predict(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
 def test_observer_without_logger_warns_once_and_stays_inert(name: str, tmp_path: Path) -> None:
     callback = REGISTRY[name]()
+    trainer = quiet_trainer(tmp_path, [callback], max_epochs=2)
     with pytest.warns(UserWarning, match="no logger to write to and stays inert") as caught:
-        trainer = quiet_trainer(tmp_path, [callback], max_epochs=2)
         fit(Classifier(), trainer)
     assert len([warning for warning in caught if "stays inert" in str(warning.message)]) == 1
     assert found(callback) is None
@@ -209,8 +209,9 @@ def test_manual_optimization(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
 def test_model_without_attention_warns_once(name: str, tmp_path: Path) -> None:
-    module, trainer = Classifier(BagOfWords()), quiet_trainer(
-        tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path), max_epochs=2
+    module, trainer = (
+        Classifier(BagOfWords()),
+        quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path), max_epochs=2),
     )
     with pytest.warns(UserWarning, match="is switched off for the rest of this run.*No attention was seen") as caught:
         fit(module, trainer, pair_loader(16), pair_loader(16))
@@ -384,7 +385,9 @@ def test_activation_checkpointing_counts_once(reentrant: bool, tmp_path: Path) -
         def hidden(self, tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
             hidden = self.embed(tokens)
             for layer in self.encoder.layers:
-                hidden = checkpoint(lambda h, at=layer: at(h, src_key_padding_mask=padding), hidden, use_reentrant=reentrant)
+                hidden = checkpoint(
+                    lambda h, at=layer: at(h, src_key_padding_mask=padding), hidden, use_reentrant=reentrant
+                )
             return hidden
 
     statistics = REGISTRY["HeadStatistics"]()

@@ -51,6 +51,7 @@ WAYS = {
     "cast back": lambda: F.softmax(scores(), dim=-1).type_as(VALUE).to(VALUE.dtype) @ VALUE,
     "dropout": lambda: F.dropout(scores().softmax(-1), 0.5, training=False) @ VALUE,
     "dropout module": lambda: nn.Dropout(0.1).eval()(scores().softmax(-1)) @ VALUE,
+    "keywords": lambda: F.softmax(input=scores(), dim=-1) @ VALUE,
     "keyword": lambda: torch.matmul(input=scores().softmax(dim=-1), other=VALUE),
     "einsum": lambda: torch.einsum("bhqk,bhkd->bhqd", scores().softmax(-1), VALUE),
     "einsum, values first": lambda: torch.einsum("bhkd,bhqk->bqhd", VALUE, scores().softmax(-1)),
@@ -89,6 +90,7 @@ GATES = {
     "expert weights": lambda: torch.einsum(
         "bne,bnd,edf->bnf", torch.randn(2, 5, 3).softmax(-1), torch.randn(2, 5, 8), torch.randn(3, 8, 4)
     ),
+    "einsum of entries": lambda: torch.einsum("...,...->...", torch.randn(2, 5, 3).softmax(-1), torch.randn(2, 5, 3)),
     "router": lambda: torch.randn(2, 5, 3).softmax(-1).topk(2, dim=-1)[0].sum(-1),
     "weighted sum": lambda: (torch.randn(2, 5, 3).softmax(-1)[..., None] * torch.randn(2, 5, 3, 8)).sum(-2),
     "over another axis": lambda: torch.randn(2, 5, 6).softmax(1) @ torch.randn(2, 6, 8),

@@ -10,7 +10,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder
+from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder, record
 from tests.capture.reference import EagerAttention, SelfAttention, Stack, attention_rows, close
 
 
@@ -224,6 +224,21 @@ def test_checkpointed_attention_counts_once(attention: type[SelfAttention], use_
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
     # the reentrant form runs its forward without gradients: a loss on these weights would be constant
     assert [call.requires_grad for call in recorder.calls] == [not use_reentrant] * 2
+
+
+class Recording(nn.Module):
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        weights = (tokens @ tokens.mT).sigmoid()
+        record("sigmoid", weights[:, None])
+        return weights @ tokens
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_records_count_once(use_reentrant: bool) -> None:
+    model = Checkpointed(Recording(), use_reentrant)
+    with AttentionRecorder(model) as recorder:
+        model(torch.randn(2, 5, 8, requires_grad=True)).sum().backward()
+    assert [(call.name, call.index) for call in recorder.calls] == [("layer.sigmoid", 0)]
 
 
 def test_gradients_through_non_reentrant_checkpoints_are_those_without() -> None:

@@ -1,0 +1,90 @@
+"""Two processes see what one process sees on all of the data, and agree on what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.callbacks.distributed_script import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.ddp
+
+
+Result = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a run on one process and of one on two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    main(one, 1)
+    command = [sys.executable, "-m", "tests.callbacks.distributed_script", str(two), "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert result.returncode == 0, result.stderr
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def one(folders: tuple[Path, Path]) -> Result:
+    return json.loads((folders[0] / "rank0.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def two(folders: tuple[Path, Path]) -> list[Result]:
+    return [json.loads((folders[1] / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_measure_what_one_does(one: Result, two: list[Result]) -> None:
+    expected, found = one["even"], two[0]["even"]
+    assert found["samples"] == expected["samples"]
+    np.testing.assert_allclose(found["mean"], expected["mean"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["error"], expected["error"], rtol=1e-4, atol=1e-6)
+    for name in ("counts", "train_counts", "support"):
+        assert found["report"][name] == expected["report"][name]
+    assert np.sum(expected["report"]["counts"]) == 64
+    mass = [result["report"]["attention"]["relevance"]["mass"] for result in (found, expected)]
+    np.testing.assert_allclose(*mass, rtol=1e-5)
+    np.testing.assert_allclose(found["weights"], expected["weights"], rtol=1e-6)
+    assert expected["weights"] != [[1.0, 1.0]] * 4
+    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+
+
+def test_ranks_agree_to_the_last_bit(two: list[Result]) -> None:
+    assert two[0] == two[1]
+
+
+def test_agreed_values_are_logged_without_a_warning(two: list[Result]) -> None:
+    assert two[0]["warnings"] == []
+
+
+def test_uneven_shares_are_counted_once_each(two: list[Result]) -> None:
+    assert np.sum(two[0]["uneven"]["report"]["counts"]) == 32
+    assert np.max(two[0]["uneven"]["samples"]) == 32
+
+
+def test_only_rank_zero_writes(folders: tuple[Path, Path]) -> None:
+    one, two = (
+        {path.relative_to(folder / "run").as_posix(): path for path in (folder / "run").glob("**/*") if path.is_file()}
+        for folder in folders
+    )
+    assert len([name for name in one if name.endswith(".png")]) > 10
+    assert set(one) == set(two)  # the validation of its own was at a step that was drawn before
+    lines = {
+        name: [run[name].read_text().count("\n") for run in (one, two)]
+        for name in one
+        if "attention/" in name and not name.endswith("png")
+    }
+    assert lines["attention/bias.jsonl"] == [2, 3]
+    assert lines["attention/head_statistics.csv"][1] - 1 == 1.5 * (lines["attention/head_statistics.csv"][0] - 1)

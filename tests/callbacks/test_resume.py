@@ -1,0 +1,86 @@
+"""A run that was interrupted and resumed is, to the last bit, the run that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from attn_callbacks import HeadStatistics
+from tests.callbacks.models import Classifier, Texts, csv_logger, feeding_monitor, loader, pl, quiet_trainer
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """An order that depends on the epoch alone."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.epoch = size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Any:
+        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+
+def run(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Any, Path]:
+    torch.manual_seed(0)
+    module, monitor = Classifier(), feeding_monitor()
+    saved = pl.callbacks.ModelCheckpoint(str(folder), save_last=True, every_n_epochs=1)
+    trainer = quiet_trainer(
+        folder, [HeadStatistics(), monitor, saved], logger=csv_logger(folder), max_epochs=epochs,
+        enable_checkpointing=True, **options,
+    )  # fmt: skip
+    data = Texts(48, agreement=0.8)
+    train = DataLoader(data, 8, sampler=EpochOrder(len(data)))
+    trainer.fit(module, train, loader(40, seed=1), ckpt_path=checkpoint, weights_only=True)
+    return module, monitor, folder / "last.ckpt"
+
+
+def test_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
+    whole, monitor, _ = run(tmp_path / "whole", 4)
+    _, _, checkpoint = run(tmp_path / "half", 2)
+    resumed, continued, _ = run(tmp_path / "rest", 4, checkpoint)
+    assert {
+        key for key, value in whole.state_dict().items() if not torch.equal(value, resumed.state_dict()[key])
+    } == set()
+    assert torch.equal(whole.criterion.class_weight, resumed.criterion.class_weight)
+    assert not torch.equal(whole.criterion.class_weight, torch.ones(4, 2))
+    assert continued.ledger == monitor.ledger
+    assert torch.equal(continued.report.train_counts, monitor.report.train_counts)
+    assert sum(bool(entry["actions"]) for entry in monitor.ledger) > 1
+
+
+def test_checkpoint_holds_nothing_that_safe_loading_refuses(tmp_path: Path) -> None:
+    _, monitor, checkpoint = run(tmp_path, 1)
+    content = torch.load(checkpoint, weights_only=True)
+    assert list(content["callbacks"]).count(monitor.state_key) == 1
+    assert "criterion.class_weight" not in content["state_dict"]
+
+
+def test_checkpoint_moves_to_a_plain_criterion_and_back(tmp_path: Path) -> None:
+    module, _, checkpoint = run(tmp_path, 1)
+    plain = Classifier()
+    plain.criterion = nn.CrossEntropyLoss()
+    plain.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=True)
+    module.load_state_dict(plain.state_dict(), strict=True)
+
+
+def test_loading_twice_changes_nothing_more() -> None:
+    monitor = feeding_monitor()
+    state = {"feedback": [{"updates": 3}, {"active": True}], "fed": torch.tensor([[1, 2]]), "ledger": [{"epoch": 0}]}
+    for _ in range(2):
+        monitor.load_state_dict(state)
+    assert monitor.state_dict()["feedback"][0]["updates"] == 3
+    assert monitor.state_dict()["fed"].tolist() == [[1, 2]]
+    assert monitor.ledger == [{"epoch": 0}]
+
+
+def test_state_of_an_older_version_loads() -> None:
+    feeding_monitor().load_state_dict({})

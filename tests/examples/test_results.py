@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from examples.results import Result, save, table
+
+PLAIN = [Result(0.75, {"a": 0.5, "b": 1.0}), Result(0.85, {"a": 0.7, "b": 1.0})]
+
+
+def test_worst_group():
+    assert PLAIN[0].worst_group == 0.5
+
+
+def test_table_shows_mean_and_standard_error():
+    header, row = table({"plain": PLAIN}).splitlines()
+    assert header.split() == ["accuracy", "worst", "group", "a", "b"]
+    assert row.split() == "plain 0.800 ± 0.050 0.600 ± 0.100 0.600 ± 0.100 1.000 ± 0.000".split()
+
+
+def test_table_of_one_seed_has_no_errors():
+    assert "±" not in table({"plain": PLAIN[:1]})
+
+
+def test_saved_file(tmp_path):
+    save(tmp_path / "runs" / "results.json", {"plain": PLAIN, "suite": PLAIN[:1]}, range(2))
+    content = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert set(content) == {"plain", "suite", "seeds"}
+    assert content["seeds"] == [0, 1]
+    worst = [0.5, 0.7]
+    assert content["plain"]["worst_group"] == pytest.approx(np.mean(worst))
+    assert content["plain"]["worst_group_standard_error"] == pytest.approx(np.std(worst, ddof=1) / np.sqrt(2))
+    assert content["plain"]["groups"] == pytest.approx({"a": 0.6, "b": 1.0})
+    assert content["suite"]["worst_group_standard_error"] is None
