@@ -66,11 +66,14 @@ class BatchSchema:
     group: Reader = None
 
     def __post_init__(self) -> None:
-        """Check the type of every field."""
         for field in fields(self):
             reader = getattr(self, field.name)
             if reader is not None and not isinstance(reader, (str, int)) and not callable(reader):
                 raise TypeError(f"`{field.name}` must be a key, a position or a function of the batch, got {reader!r}.")
+
+    def __repr__(self) -> str:
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"BatchSchema({', '.join(f'{name}={reader!r}' for name, reader in given if reader is not None)})"
 
     def read(self, field: str, batch: Any) -> Any:
         """Return what ``field`` names in ``batch``, or ``None`` if it was left to the defaults and is not there.

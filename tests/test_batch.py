@@ -157,3 +157,8 @@ def test_named_logits_come_from_the_output_only() -> None:
     assert schema.step_logits({"logits": LOGITS}, [LOGITS]) is None
     assert BatchSchema(logits=lambda output: output[0]).step_logits([LOGITS]) is LOGITS
     assert BatchSchema(logits=lambda output: "text").step_logits([LOGITS]) is None
+
+
+def test_repr_shows_what_was_given() -> None:
+    assert repr(BatchSchema()) == "BatchSchema()"
+    assert repr(BatchSchema(target=1, group="domain")) == "BatchSchema(target=1, group='domain')"

@@ -34,7 +34,7 @@ class AttentionHeatmaps(ValidationObserver):
 
     An observer: training is bit-identical with and without it. One picture a sample and layer,
     ``attention/<sample>/<layer>``: all heads side by side, each in a frame of its own colour, with token labels where
-    they fit. For image models, ``attention/<sample>/<layer>/image`` lays the attention of the class token (without
+    they fit; a colour means the same weight in every epoch, layer and head. For image models, ``attention/<sample>/<layer>/image`` lays the attention of the class token (without
     one, the mean over patches) over the image. Taken in eval mode inside the normal validation pass. Text is shown
     without padding; sequences longer than ``max_tokens`` are pooled, so that rows still sum to one.
 

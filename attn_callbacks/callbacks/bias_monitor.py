@@ -59,8 +59,9 @@ class BiasMonitor(ValidationObserver):
 
     Example:
         >>> from attn_callbacks import ClassReweighting
-        >>> BiasMonitor(feedback=[ClassReweighting()], classes=("ham", "spam")).feedback
-        (ClassReweighting(criterion='criterion', by='class'),)
+        >>> monitor = BiasMonitor(feedback=[ClassReweighting()], classes=("ham", "spam"))
+        >>> monitor.classes, monitor.report is None
+        (('ham', 'spam'), True)
     """
 
     _needs_logger = False  # the report and the feedback are there without one

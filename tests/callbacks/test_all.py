@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from attn_callbacks import callbacks
+from attn_callbacks import BatchSchema, HeadStatistics, callbacks
 from attn_callbacks._lightning import Callback
 from tests.callbacks.models import (
     REGISTRY,
@@ -136,6 +136,16 @@ def test_copies_keep_the_arguments_only(name: str, copied: Any, tmp_path: Path) 
     assert list(tmp_path.glob("twin/**/*.png"))
 
 
+def test_repr_shows_what_was_given() -> None:
+    schema = BatchSchema(target="y")
+    assert repr(HeadStatistics(schema, rows=8)) == "HeadStatistics(schema=BatchSchema(target='y'), rows=8)"
+    assert [repr(make()) for make in REGISTRY.values()] == [
+        "AttentionHeatmaps(samples=2)",
+        "BiasMonitor()",
+        "HeadStatistics()",
+    ]
+
+
 @each
 def test_every_argument_is_kept_under_its_name(name: str) -> None:
     callback = REGISTRY[name]()
@@ -229,8 +239,6 @@ def test_unknown_layer_warns_and_names_the_known(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
 def test_schema_that_does_not_fit_warns_and_training_goes_on(name: str, tmp_path: Path) -> None:
-    from attn_callbacks import BatchSchema
-
     trainer = quiet_trainer(
         tmp_path,
         [type(REGISTRY[name]())(schema=BatchSchema(valid="padding"))],

@@ -233,6 +233,18 @@ def test_a_module_that_fails_inside_the_block_can_be_tried_again() -> None:
     assert [(call.name, call.index) for call in recorder.calls] == [("layer", 0), ("layer", 1)]
 
 
+def test_attention_of_a_module_that_raised_is_not_delivered() -> None:
+    class Breaking(SelfAttention):
+        def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+            super().forward(tokens, mask)
+            raise ValueError("broken")
+
+    model = Stack(SelfAttention(), Breaking())
+    with pytest.raises(ValueError, match="broken"), AttentionRecorder(model) as recorder:
+        model(TOKENS)
+    assert names(recorder) == ["layers.0"]
+
+
 def test_a_receiver_gets_each_call_and_nothing_is_kept() -> None:
     received: list[AttentionCall] = []
     model = three_layers()
