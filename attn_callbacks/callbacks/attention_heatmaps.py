@@ -34,9 +34,10 @@ class AttentionHeatmaps(ValidationObserver):
 
     An observer: training is bit-identical with and without it. One picture a sample and layer,
     ``attention/<sample>/<layer>``: all heads side by side, each in a frame of its own colour, with token labels where
-    they fit; a colour means the same weight in every epoch, layer and head. For image models, ``attention/<sample>/<layer>/image`` lays the attention of the class token (without
-    one, the mean over patches) over the image. Taken in eval mode inside the normal validation pass. Text is shown
-    without padding; sequences longer than ``max_tokens`` are pooled, so that rows still sum to one.
+    they fit; in all epochs, layers and heads of a sample a colour means the same weight. For image models,
+    ``attention/<sample>/<layer>/image`` lays the attention of the class token (without one, the mean over patches) over
+    the image. Taken in eval mode inside the normal validation pass. Text is shown without padding; sequences longer
+    than ``max_tokens`` are pooled, so that rows still sum to one.
 
     The samples are the first ones of the first validation loader: the same every time unless it shuffles. Token ids
     become text where the module or the data module has a ``tokenizer``.

@@ -11,7 +11,18 @@ import torch
 
 from attn_callbacks import HeadStatistics
 from attn_callbacks.functional import STATISTICS
-from tests.callbacks.models import HEADS, LAYERS, LENGTH, Bert, Classifier, csv_logger, fit, loader, quiet_trainer
+from tests.callbacks.models import (
+    HEADS,
+    LAYERS,
+    LENGTH,
+    Bert,
+    Classifier,
+    TextEncoder,
+    csv_logger,
+    fit,
+    loader,
+    quiet_trainer,
+)
 
 SAMPLES = 26  # the last batch is smaller
 
@@ -116,6 +127,23 @@ def test_sampled_rows_estimate_all_rows(tmp_path: Path) -> None:
     assert torch.equal(exact.result.samples, sampled.result.samples)
 
 
+class Diagonal(TextEncoder):
+    """Every token looks at itself."""
+
+    def hidden(self, tokens: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor:
+        own = 30 * torch.eye(LENGTH).expand(len(tokens), 1, -1, -1)
+        torch.nn.functional.scaled_dot_product_attention(own, own, own)
+        return self.embed(tokens)
+
+
+def test_sampled_rows_keep_their_positions(tmp_path: Path) -> None:
+    statistics = HeadStatistics(rows=4)
+    fit(Classifier(Diagonal()), quiet_trainer(tmp_path, [statistics], logger=csv_logger(tmp_path)))
+    found = dict(zip(STATISTICS, statistics.result.mean[0, 0].tolist(), strict=True))
+    expected = {"self_mass": 1.0, "confidence": 1.0, "distance": 0.0, "entropy": 0.0, "previous_mass": 0.0}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
 def test_every_n_batches_looks_at_every_nth(tmp_path: Path) -> None:
     assert int(run(tmp_path, every_n_batches=3).result.samples.max()) == 16  # batches 0 and 3 of 4
 
@@ -133,6 +161,7 @@ def test_every_n_epochs(epochs: int, every: int, expected: list[str], tmp_path: 
     fit(Classifier(), trainer, loader(8), loader(8))
     lines = (tmp_path / "run" / "attention" / "head_statistics.csv").read_text().splitlines()[1:]
     assert sorted({line.split(",")[0] for line in lines}) == expected
+    assert int(statistics.result.samples.max()) == 8  # each validation counts for itself
 
 
 def test_standalone_validation_is_always_looked_at(tmp_path: Path) -> None:

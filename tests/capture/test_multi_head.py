@@ -101,13 +101,14 @@ def test_weights_equal_those_the_module_gives(options: dict[str, object], masks:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_cross_attention(need_weights: bool) -> None:
+@pytest.mark.parametrize("memory", [MEMORY, TOKENS + 1.0], ids=["shorter", "as long"])
+def test_cross_attention(need_weights: bool, memory: Tensor) -> None:
     module = nn.MultiheadAttention(8, 2, batch_first=True)
     with AttentionRecorder(module) as recorder:
-        module(TOKENS, MEMORY, MEMORY, need_weights=need_weights)
+        module(TOKENS, memory, memory, need_weights=need_weights)
     (call,) = recorder.calls
     assert call.is_cross
-    assert close(call.weights(), with_weights(module, TOKENS, MEMORY, MEMORY))
+    assert close(call.weights(), with_weights(module, TOKENS, memory, memory))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -17,7 +17,7 @@ def test_worst_group():
 def test_table_shows_mean_and_standard_error():
     header, row = table({"plain": PLAIN}).splitlines()
     assert header.split() == ["accuracy", "worst", "group", "a", "b"]
-    assert row.split() == "plain 0.800 ± 0.050 0.600 ± 0.100 0.600 ± 0.100 1.000 ± 0.000".split()
+    assert " ".join(row.split()) == "plain 0.800 ± 0.050 0.600 ± 0.100 0.600 ± 0.100 1.000 ± 0.000"
 
 
 def test_table_of_one_seed_has_no_errors():
