@@ -93,7 +93,9 @@ def test_bias_monitor_goes_on_without_logger(tmp_path: Path, recwarn: pytest.War
 
 @each
 def test_fast_dev_run_is_silent(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    fit(Classifier(), quiet_trainer(tmp_path, [REGISTRY[name]()], fast_dev_run=True))
+    trainer = quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path), fast_dev_run=True)
+    fit(Classifier(), trainer)
+    assert [type(logger).__name__ for logger in trainer.loggers] == ["DummyLogger"]
     assert not [warning for warning in recwarn if name in str(warning.message)]
     assert not list(tmp_path.iterdir())
 
