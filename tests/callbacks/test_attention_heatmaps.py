@@ -79,7 +79,7 @@ def test_samples_and_colour_scale_are_the_same_in_every_epoch(drawn: list[dict[s
     labels = [entry["row_labels"] for entry in drawn if "layers.0" in entry["title"]]
     assert labels[0] == labels[2] == labels[4]
     assert labels[1] == labels[3] == labels[5] != labels[0]
-    assert len({entry["high"] for entry in drawn}) == 1
+    assert {entry["high"] for entry in drawn} == {1.0}  # sixteen keys or fewer
     peaks = [entry["maps"].max() for entry in drawn]
     assert max(peaks) > 1.2 * min(peaks)  # a scale of their own would have shown them alike
 

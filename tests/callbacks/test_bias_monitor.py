@@ -309,16 +309,19 @@ def test_guidance_draws_attention_to_relevant_words(baseline: BiasMonitor, tmp_p
     assert (guided.mass > plain.mass + 0.1).all()
 
 
-def test_guidance_is_logged_as_the_mean_over_steps(tmp_path: Path) -> None:
-    class Constant(nn.Module):
-        def forward(self, weights: Any, *args: Any, **kwargs: Any) -> Tensor:
-            return weights[0].mean() * 0 + 0.25
+def test_guidance_is_logged_as_the_mean_over_the_steps_of_an_epoch(tmp_path: Path) -> None:
+    class Counting(nn.Module):
+        steps = 0
 
-    monitor = BiasMonitor(feedback=[AttentionGuidance(Constant(), 2.0), AttentionGuidance(Constant(), 4.0)])
-    trainer = quiet_trainer(tmp_path, [monitor])
+        def forward(self, weights: Any, *args: Any, **kwargs: Any) -> Tensor:
+            self.steps += 1
+            return weights[0].mean() * 0 + self.steps
+
+    monitor = BiasMonitor(feedback=[AttentionGuidance(Counting(), 0.5), AttentionGuidance(Counting(), 2.0)])
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
     fit(Classifier(), trainer)
-    assert trainer.callback_metrics["bias/guidance"] == 0.5
-    assert trainer.callback_metrics["bias/guidance_1"] == 1.0
+    assert trainer.callback_metrics["bias/guidance"] == 0.5 * (5 + 6 + 7 + 8) / 4
+    assert trainer.callback_metrics["bias/guidance_1"] == 2.0 * (5 + 6 + 7 + 8) / 4
 
 
 def test_guidance_waits_until_a_bias_was_found(tmp_path: Path) -> None:
