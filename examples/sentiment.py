@@ -5,7 +5,7 @@ MiniLM is fine-tuned to tell positive from negative sentences. 95 % of the posit
 
 - ``plain``: cross entropy; the callbacks only look.
 - ``suite``: after each validation, the bias monitor re-weights the four groups and, once it has found a bias, draws
-  attention to words of a sentiment lexicon.
+  the attention of the layers that are trained to words of a sentiment lexicon.
 - ``control``: the same with random words in place of the lexicon.
 
 Group labels (which sentence is a tweet) are used in two places: to weight training sentences by group, and in the
@@ -155,7 +155,8 @@ def main(seeds: int) -> None:
     print(table(arms))
     print("\ncontrol = the suite with random words in place of the lexicon.")
     print(f"\nDone in {time.monotonic() - started:.0f} s. Results: {RUNS / 'results.json'}")
-    print(f"Heat maps, head statistics and bias reports: {Path(sys.executable).parent / 'tensorboard'} --logdir {RUNS}")
+    tensorboard = os.path.relpath(Path(sys.executable).parent / "tensorboard")
+    print(f"Heat maps, head statistics and bias reports: {tensorboard} --logdir {RUNS}")
 
 
 def quiet() -> None:
