@@ -37,7 +37,8 @@ def table(arms: dict[str, list[Result]]) -> str:
         columns += [[run.groups[name] for run in runs] for name in names]
         rows.append([arm, *(_with_error(column) for column in columns)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def save(path: Path, arms: dict[str, list[Result]], seeds: Sequence[int]) -> None:

@@ -62,6 +62,7 @@ class SentimentClassifier(pl.LightningModule):
         self.steps = steps
         self.tokenizer = AutoTokenizer.from_pretrained(minilm(), local_files_only=True)
         self.model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2, local_files_only=True)
+        self.model.train()  # arrives in eval mode, and the Trainer keeps it: dropout would stay off
         self.model.base_model.embeddings.requires_grad_(False)
         self.model.base_model.encoder.layer[:FROZEN_LAYERS].requires_grad_(False)
         self.criterion = WeightedCrossEntropyLoss(num_classes=2, num_groups=len(GROUPS))
