@@ -145,8 +145,12 @@ def _looks_like(field: str, inputs: Any) -> bool:
     if not isinstance(inputs, Tensor):
         return False
     if field == "image":
-        return inputs.ndim == 4 and inputs.shape[1] in (1, 3) and inputs.is_floating_point()
+        return inputs.ndim == 4 and inputs.shape[1] in (1, 3) and (inputs.is_floating_point() or _is_bytes(inputs))
     return field == "tokens" and inputs.ndim == 2 and not inputs.is_floating_point()
+
+
+def _is_bytes(inputs: Tensor) -> bool:
+    return inputs.dtype == torch.uint8
 
 
 def _part(whole: Any, key: Any) -> Any:

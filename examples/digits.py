@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from attn_callbacks import AttentionGuidance, AttentionHeatmaps, BiasMonitor, HeadStatistics
-from examples.results import Result, save, table
+from examples.results import Result, save, story, table
 from losses import AttentionGuidedLoss
 
 RUNS = Path("runs/digits")
@@ -97,15 +97,12 @@ def loaders(seed: int = 0) -> tuple[DataLoader[dict[str, Tensor]], DataLoader[di
     return DataLoader(training, 32, shuffle=True), DataLoader(DecoyDigits(1000, 1200, honest=False, seed=seed + 1), 200)
 
 
-def train(arm: str, seed: int) -> Result:
+def train(arm: str, seed: int) -> tuple[Result, BiasMonitor]:
     """Train once, with or without guidance, and test where the decoy says nothing."""
     pl.seed_everything(seed, verbose=False)
     guidance = AttentionGuidance(AttentionGuidedLoss(form="log"), coefficient=1.0)
-    callbacks = [
-        AttentionHeatmaps(samples=3, every_n_epochs=5),
-        HeadStatistics(every_n_epochs=5),
-        BiasMonitor(feedback=[guidance] if arm == "suite" else []),
-    ]
+    monitor = BiasMonitor(feedback=[guidance] if arm == "suite" else [])
+    callbacks = [AttentionHeatmaps(samples=3, every_n_epochs=5), HeadStatistics(every_n_epochs=5), monitor]
     logger = TensorBoardLogger(RUNS, name=arm, version=f"seed_{seed}")
     trainer = pl.Trainer(
         max_epochs=EPOCHS, callbacks=callbacks, logger=logger, accelerator="cpu", enable_checkpointing=False
@@ -116,14 +113,19 @@ def train(arm: str, seed: int) -> Result:
     with torch.no_grad():
         right = (model.eval()(test.images).argmax(dim=1) == test.labels).float()
     digits = {str(digit): right[test.labels == digit].mean().item() for digit in range(10)}
-    return Result(right.mean().item(), digits)
+    return Result(right.mean().item(), digits), monitor
 
 
-def main(seed: int = 0) -> None:
+def main(seeds: int = 1) -> None:
     """Train plain and with guidance, and say what came of it."""
-    started = time.monotonic()
-    arms = {arm: [train(arm, seed)] for arm in ("plain", "suite")}
-    save(RUNS / "results.json", arms, [seed])
+    started, arms = time.monotonic(), {arm: [] for arm in ("plain", "suite")}
+    for seed in range(seeds):
+        for arm in arms:
+            print(f"\n== {arm}, seed {seed} ==", flush=True)
+            result, monitor = train(arm, seed)
+            arms[arm].append(result)
+            print(story(monitor.ledger))
+        save(RUNS / "results.json", arms, range(seed + 1))
     print("\nTest accuracy where the decoy says nothing, by digit:\n")
     print(table(arms))
     print(f"\nDone in {time.monotonic() - started:.0f} s. Heat maps: tensorboard --logdir {RUNS}")

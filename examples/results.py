@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["Result", "save", "table"]
+__all__ = ["Result", "save", "story", "table"]
 
 
 class Result(NamedTuple):
@@ -39,6 +39,17 @@ def table(arms: dict[str, list[Result]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def story(ledger: Sequence[Mapping[str, Any]]) -> str:
+    """What a bias monitor saw at each validation, and what it did about it."""
+    lines = []
+    for entry in ledger:
+        worst = next(name for name in ("worst_group_accuracy", "worst_class_recall") if name in entry)
+        seen = ", ".join(f"{name.replace('_', ' ')} {entry[name]:.2f}" for name in ("accuracy", worst, "gap"))
+        lines += [f"  epoch {entry['epoch']}, step {entry['step']:3d}: {seen}"]
+        lines += [f"      fed back: {action}" for action in entry["actions"]]
+    return "\n".join(lines)
 
 
 def save(path: Path, arms: dict[str, list[Result]], seeds: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from attn_callbacks import AttentionGuidance, AttentionHeatmaps, BiasMonitor, ClassReweighting, HeadStatistics
 from examples import digits
-from examples.results import Result, save, table
+from examples.results import Result, save, story, table
 from examples.sentiment_data import (
     GROUPS,
     Splits,
@@ -128,18 +128,6 @@ def evaluate(model: SentimentClassifier, loader: DataLoader[dict[str, Tensor]]) 
     return Result(right.mean().item(), groups)
 
 
-def story(monitor: BiasMonitor) -> str:
-    """What the monitor saw at each validation, and what it did about it."""
-    lines = []
-    for entry in monitor.ledger:
-        seen = (
-            f"accuracy {entry['accuracy']:.2f}, worst group {entry['worst_group_accuracy']:.2f}, gap {entry['gap']:.2f}"
-        )
-        lines += [f"  epoch {entry['epoch']}, step {entry['step']:3d}: {seen}"]
-        lines += [f"      fed back: {action}" for action in entry["actions"]]
-    return "\n".join(lines)
-
-
 def main(seeds: int) -> None:
     """Train every arm with every seed and say what came of it."""
     started, arms = time.monotonic(), {arm: [] for arm in ("plain", "suite", "control")}
@@ -150,7 +138,7 @@ def main(seeds: int) -> None:
             print(f"\n== {arm}, seed {seed} ==", flush=True)
             result, monitor = train(arm, splits, others if arm == "control" else words, seed)
             arms[arm].append(result)
-            print(story(monitor))
+            print(story(monitor.ledger))
         save(RUNS / "results.json", arms, range(seed + 1))
     print(f"\nTest accuracy on sentences never looked at before ({seeds} seed{'s' * (seeds > 1)}):\n")
     print(table(arms))
@@ -172,6 +160,7 @@ def quiet() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(int(os.environ.get("THREADS", "1")))
     quiet()
+    seeds = int(os.environ.get("SEEDS", "1"))
     try:
         minilm(), lexicon()
     except FileNotFoundError as missing:

@@ -59,12 +59,14 @@ class BiasSensor:
         self._rows, self._min_support = rows, min_support
         self._generator = torch.Generator()
         self._has_logits = False  # the step returns them: learned at the first batch
+        self.broken = 0  # samples of the last report that were left out: their logits are not finite
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
         """Start a validation."""
         self._generator.manual_seed(seed)
         self._confusion: GroupConfusion | None = None
+        self._broken: Tensor | int = 0
         self._masses: dict[str, ClassMass] = {}
         self._step = _Step(None, {})
 
@@ -104,6 +106,7 @@ class BiasSensor:
         if logits is None or target is None:
             raise ValueError(_missing("logits" if logits is None else "target"))
         predicted, classes = _predicted(logits)
+        target = self._left_out(logits, torch.as_tensor(target, device=logits.device))
         if self._classes and classes > len(self._classes):
             raise ValueError(f"`classes` must name all {classes} classes of the logits, got {self._classes}.")
         group = self._schema.read("group", batch)
@@ -115,6 +118,12 @@ class BiasSensor:
             if name not in self._masses:
                 self._masses[name] = ClassMass(self._confusion.num_classes).to(logits.device)
             self._masses[name].update(torch.stack(masses).nanmean(dim=0), step.shares[name], target)
+
+    def _left_out(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Ignore samples for which a diverged model predicts nothing; the largest of several NaN is class 0."""
+        finite = logits.reshape(len(logits), -1).isfinite().all(dim=1)
+        self._broken = self._broken + (~finite).sum()
+        return target.where(finite, -1) if target.shape == finite.shape else target
 
     def report(self, epoch: int, step: int, strategy: Strategy, *, failed: bool) -> BiasReport | None:
         """Reduce over processes and conclude; every process must call it.
@@ -133,6 +142,7 @@ class BiasSensor:
         marked = [int(name in self._masses) for name in _TOKEN_SETS]
         agreed = strategy.reduce(torch.tensor([int(failed), *sizes, *marked], device=device), reduce_op="max")
         any_failed, classes, groups, *seen = agreed.tolist()
+        self.broken = int(strategy.reduce(torch.as_tensor(self._broken, device=device), reduce_op="sum"))
         if any_failed or not classes:
             return None
         counts = (own or GroupConfusion(classes, groups).to(device)).compute().cpu()

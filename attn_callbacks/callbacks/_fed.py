@@ -28,14 +28,18 @@ class FedCounts:
         self._groups_unknown = False
 
     def add(self, schema: BatchSchema, batch: Any) -> None:
-        """Count the labels and groups of a training batch; labels that are no classes are not counted."""
+        """Count the labels and groups of a training batch; labels that are no classes are not counted.
+
+        Raises:
+            ValueError: If there are groups that are not one index a sample.
+        """
         target, group = _read(schema, "target", batch), _read(schema, "group", batch)
         if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
             return
         if self._since is None:
             self._since = torch.zeros_like(self._gathered, device=target.device)
         self._groups_unknown = group is None
-        group = torch.zeros_like(target) if group is None else torch.as_tensor(group, device=target.device)
+        group = torch.zeros_like(target) if group is None else _indices(group, target)
         known = (target >= 0) & (target < MOST_CLASSES) & (group >= 0) & (group < MOST_GROUPS)
         index = (group * MOST_CLASSES + target).where(known, 0)
         self._since.view(-1).scatter_add_(0, index, known.long())
@@ -67,6 +71,13 @@ class FedCounts:
 
     def _total(self) -> Tensor:
         return self._gathered if self._since is None else self._gathered + self._since.cpu()
+
+
+def _indices(group: Any, target: Tensor) -> Tensor:
+    if not isinstance(group, Tensor) or group.shape != target.shape or group.is_floating_point():
+        came = f"{group.dtype} {tuple(group.shape)}" if isinstance(group, Tensor) else repr(group)[:80]
+        raise ValueError(f"`group` must hold one group index a sample, integers {tuple(target.shape)}, got {came}.")
+    return group.to(target.device)
 
 
 def _read(schema: BatchSchema, field: str, batch: Any) -> Any:

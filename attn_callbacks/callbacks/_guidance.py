@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks._lightning import MisconfigurationException
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._steps import StepTap
 from attn_callbacks.capture import AttentionRecorder
@@ -35,22 +36,33 @@ class GuidedStep:
         self._module = module
         self._recorder: AttentionRecorder | None = None  # of the present step: it holds the step's graph
         self._sum: Tensor | float = 0.0
-        self._steps = 0
+        self._steps = self._guided_steps = 0
 
     def mean(self, strategy: Strategy) -> float | None:
         """Return the mean term since the last call, over all processes; each of them must call it.
 
         Terms are not logged step by step: a process whose batches have no marked tokens would not take part.
+
+        Raises:
+            MisconfigurationException: If guidance was active and no step of any process had marked tokens.
         """
-        own = torch.tensor([float(self._sum), self._steps], dtype=torch.float32, device=strategy.root_device)
-        self._sum, self._steps = 0.0, 0
-        total, steps = strategy.reduce(own, reduce_op="sum").tolist()
-        return total / steps if steps else None
+        counted = [float(self._sum), self._guided_steps, self._steps]
+        self._sum, self._guided_steps, self._steps = 0.0, 0, 0
+        own = torch.tensor(counted, dtype=torch.float32, device=strategy.root_device)
+        total, guided, steps = strategy.reduce(own, reduce_op="sum").tolist()
+        if steps and not guided:
+            raise MisconfigurationException(
+                f"`AttentionGuidance` saw no `relevance` or `spurious` in {steps:.0f} training steps, so it guided "
+                "nothing. Say where training batches have them: BatchSchema(relevance=...)."
+            )
+        return total / guided if guided else None
 
     def _around(self, batch: Any) -> AbstractContextManager[Any]:
         self._recorder = None
-        marked = any(self._schema.read(name, batch) is not None for name in ("relevance", "spurious"))
-        if not self._guidance.active or not marked:
+        if not self._guidance.active:
+            return nullcontext()
+        self._steps += 1
+        if all(self._schema.read(name, batch) is None for name in ("relevance", "spurious")):
             return nullcontext()
         self._recorder = AttentionRecorder(self._module, self._guidance.layers)
         return self._recorder
@@ -62,5 +74,5 @@ class GuidedStep:
         relevance, spurious, valid = (self._schema.flags(name, batch) for name in ("relevance", "spurious", "valid"))
         extra = self._guidance.loss_term(recorder.calls, relevance, spurious, valid)
         if extra is not None:
-            self._sum, self._steps = self._sum + extra.detach().float(), self._steps + 1
+            self._sum, self._guided_steps = self._sum + extra.detach().float(), self._guided_steps + 1
         return extra

@@ -33,6 +33,8 @@ class ValidationObserver(ArgumentsOnly, Callback):
     _needs_logger = True
 
     def __init__(self, schema: BatchSchema | None, every_n_epochs: int = 1, every_n_batches: int = 1) -> None:
+        if schema is not None and not isinstance(schema, BatchSchema):
+            raise TypeError(f"`schema` must be a `BatchSchema`, got {schema!r}. Write BatchSchema(...).")
         self.schema = schema or BatchSchema()
         self.every_n_epochs = at_least("every_n_epochs", every_n_epochs, 1)
         self.every_n_batches = at_least("every_n_batches", every_n_batches, 1)
@@ -45,6 +47,11 @@ class ValidationObserver(ArgumentsOnly, Callback):
         self._detach()  # one instance may serve two runs
         if stage in ("fit", "validate") and self._has_logger(trainer):
             self._attach(trainer, pl_module, fitting=stage == "fit")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if there will be nothing to look at."""
+        if self._removes and not trainer.enable_validation:
+            rank_zero_warn(f"`{type(self).__name__}` looks at validation, of which this run has none, and stays inert.")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is looked at."""

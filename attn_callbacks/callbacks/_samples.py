@@ -87,6 +87,6 @@ def _pixels(image: Tensor) -> np.ndarray[Any, Any]:
     pixels = image.detach().float().cpu()
     low, high = pixels.min(), pixels.max()
     scaled = (pixels - low) / (high - low).clamp_min(1e-6)
-    rgb = scaled.expand(3, -1, -1) if len(scaled) == 1 else scaled
+    rgb = scaled[:3] if len(scaled) >= 3 else scaled[:1].expand(3, -1, -1)  # more channels: no picture shows them all
     found: np.ndarray[Any, Any] = rgb.permute(1, 2, 0).numpy()
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -16,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._layers import is_generation_step
 from attn_callbacks.capture import AttentionCall, AttentionRecorder
+from attn_callbacks.capture.compiled import run_eagerly
 
 __all__ = ["QuietRecorder", "forward_outputs"]
 
@@ -75,8 +75,7 @@ def forward_outputs(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
                 outputs.append(output)
 
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # compiled code would be compiled again for the sake of the hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(run_eagerly(module))  # compiled code would be compiled again for the sake of the hooks
         for handle in (register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)):
             stack.callback(handle.remove)
         yield

@@ -94,6 +94,10 @@ class AttentionHeatmaps(ValidationObserver):
         self._epoch = trainer.current_epoch
 
     def _watch(self, batch: Any) -> AbstractContextManager[Any]:
+        if self._left and self.schema.size(batch) is None:
+            raise ValueError(
+                "The number of samples in the batch is not known. Say what the model receives: BatchSchema(inputs=...)."
+            )
         first = self.samples - self._left
         self._seen = [sample.numbered(first + sample.number) for sample in self._read(batch)]
         self._left -= len(self._seen)
@@ -132,8 +136,10 @@ class AttentionHeatmaps(ValidationObserver):
         """Maps of one sample ``(heads, queries, keys)`` without padding, pooled if long, and the labels of its axes."""
         _, _, queries, keys = call.shape
         if max(queries, keys) > self.max_tokens:
-            pooled = call.bucketed_weights(min(queries, self.max_tokens), min(keys, self.max_tokens))
-            return pooled[0].cpu().numpy(), None, None
+            pooled = call.bucketed_weights(min(queries, self.max_tokens), min(keys, self.max_tokens))[0].cpu()
+            shown = _buckets(call.query_valid[0].cpu(), pooled.shape[1])
+            seen = _buckets(call.key_valid[0].cpu(), pooled.shape[2])
+            return pooled[:, shown][:, :, seen].numpy(), None, None
         shown, seen = call.query_valid[0].cpu(), call.key_valid[0].cpu()
         maps = call.weights()[0].cpu()[:, shown][:, :, seen]
         rows = None if call.is_cross else sample.labels(shown)
@@ -147,6 +153,11 @@ class AttentionHeatmaps(ValidationObserver):
         weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.device) if prefix else None)
         relevance = weights[0].mean(dim=(0, 1))[prefix:].view(rows, columns)
         self._pictures[tag] = overlay(image, relevance.cpu().numpy())
+
+
+def _buckets(valid: Tensor, buckets: int) -> Tensor:
+    """Which of the buckets that ``valid (tokens,)`` was pooled into hold a token and not only padding."""
+    return (torch.arange(len(valid)) * buckets // len(valid))[valid].unique()
 
 
 def _tokenizer(module: Any, trainer: Any) -> Any:

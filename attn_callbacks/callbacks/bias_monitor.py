@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_callbacks._checks import at_least, name_list
-from attn_callbacks._lightning import MisconfigurationException
+from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.callbacks._bias_log import log_report
@@ -77,7 +77,7 @@ class BiasMonitor(ValidationObserver):
         min_support: int = 20,
     ) -> None:
         super().__init__(schema)
-        self.feedback = tuple(feedback)
+        self.feedback = _feedback_list(feedback)
         self.classes, self.groups = name_list("classes", classes), name_list("groups", groups)
         self.layers = None if layers is None else name_list("layers", layers)
         self.rows = at_least("rows", rows, 1)
@@ -93,11 +93,22 @@ class BiasMonitor(ValidationObserver):
         """Tell monitors with different feedback apart."""
         return f"BiasMonitor[feedback={[type(feedback).__name__ for feedback in self.feedback]}]"
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse feedback that would never come."""
+        if self.feedback and not trainer.enable_validation:
+            raise MisconfigurationException(
+                "`BiasMonitor` with feedback needs validation, and this run has none. Give `fit` a validation loader, "
+                "the module a `validation_step`, and leave `limit_val_batches` above 0."
+            )
+        super().on_fit_start(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count what training was fed."""
-        self._sensor.fed.add(self.schema, batch)
+        if not self._guard.off:
+            with self._guarded():
+                self._sensor.fed.add(self.schema, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add up over processes, so that the checkpoint of an epoch has all of what was fed."""
@@ -111,7 +122,12 @@ class BiasMonitor(ValidationObserver):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where a checkpoint left off."""
-        for feedback, state in zip(self.feedback, state_dict.get("feedback", ()), strict=False):
+        states = state_dict.get("feedback", ())
+        if len(states) != len(self.feedback):
+            rank_zero_warn(
+                f"`BiasMonitor` has {len(self.feedback)} feedback, the checkpoint the state of {len(states)}."
+            )
+        for feedback, state in zip(self.feedback, states, strict=False):
             feedback.load_state_dict(state)
         if "fed" in state_dict:
             self._sensor.fed.load(state_dict["fed"])
@@ -174,10 +190,14 @@ class BiasMonitor(ValidationObserver):
             )
             if report is not None:
                 self._conclude(report, trainer, module, folder)
+            elif not self._guard.off:
+                rank_zero_warn("`BiasMonitor` concludes nothing: no validation batch was counted.")
 
     def _conclude(self, report: BiasReport, trainer: Trainer, module: LightningModule, folder: Path | None) -> None:
-        acting = self.feedback if self._fitting else ()
+        acting = self.feedback if self._fitting and not self._sensor.broken else ()
         actions = [action for feedback in acting for action in feedback.apply(report)]
+        if self._sensor.broken:
+            actions = [f"Nothing: {self._sensor.broken} samples have logits that are not finite and were left out."]
         self.report = report
         self.ledger.append(_entry(report, actions))
         for name, value in _monitored(report):
@@ -190,6 +210,18 @@ class BiasMonitor(ValidationObserver):
             mean = guided.mean(trainer.strategy)
             if mean is not None:
                 log_agreed(module, f"bias/guidance_{number}" if number else "bias/guidance", mean)
+
+
+def _feedback_list(feedback: Sequence[Feedback]) -> tuple[Feedback, ...]:
+    if isinstance(feedback, Feedback):
+        raise TypeError(f"`feedback` must be a list, got {feedback!r}. Pass [{feedback!r}].")
+    for entry in feedback:
+        if not isinstance(entry, Feedback):
+            raise TypeError(
+                "`feedback` must hold feedback such as `ClassReweighting()` or `AttentionGuidance(loss)`, "
+                f"got {entry!r}."
+            )
+    return tuple(feedback)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -157,7 +157,7 @@ class AttentionCall:
         detached: dict[str, Any] = {name: tensor.detach() for name, tensor in self._tensors().items()}
         return replace(self, **detached)
 
-    def allowed(self, rows: Tensor | None = None) -> Tensor:
+    def allowed(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
         """Where a query may attend: bool, broadcastable to the shape of :meth:`weights` for the same ``rows``."""
         rows = check_rows(rows, self.shape, self.device)
         allowed = self._unmasked(rows)
@@ -168,7 +168,7 @@ class AttentionCall:
         causal = torch.arange(keys, device=self.device) <= wanted[..., None]  # (rows, keys) or (batch, rows, keys)
         return allowed & (causal if causal.ndim == 2 else causal[:, None])
 
-    def logits(self, rows: Tensor | None = None) -> Tensor | None:
+    def logits(self, rows: Tensor | Sequence[int] | None = None) -> Tensor | None:
         """Scores before the softmax, ``-inf`` where a query may not attend; ``None`` for recorded weights.
 
         Arguments and shape are those of :meth:`weights`.
@@ -179,20 +179,21 @@ class AttentionCall:
         with torch.autocast(self.device.type, enabled=False):  # would cast float() @ float() down again
             return self._scores(rows).masked_fill(~self.allowed(rows), -math.inf)
 
-    def weights(self, rows: Tensor | None = None) -> Tensor:
+    def weights(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
         """Attention weights without dropout: rows sum to one, rows without any allowed key are zero.
 
         Costs memory and time of ``rows x keys`` a head; ask for some rows of a long sequence. Where the model's softmax
         includes a virtual key (a learned sink), rows sum to what is left for the others.
 
         Args:
-            rows: Indices of the wanted queries, ``(rows,)`` or, one list a sample, ``(batch, rows)``; ``None``: all.
+            rows: Indices of the wanted queries, ``(rows,)``, also as a list, or ``(batch, rows)``; ``None``: all.
 
         Shape:
             - output: ``(batch, heads, rows, keys)``, float32 or wider
 
         Raises:
-            ValueError: If ``rows`` has neither of the two shapes.
+            ValueError: If ``rows`` has neither of the two shapes or, checked on the CPU only, an index out of range.
+            TypeError: If ``rows`` are not integers.
         """
         if self.recorded is not None:
             return wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
@@ -224,8 +225,7 @@ class AttentionCall:
         return pooled_weights(self.weights, self.query_valid, self.shape, parts)
 
     def _tensors(self) -> dict[str, Tensor]:
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
     @property
     def _source(self) -> Tensor:

@@ -45,7 +45,8 @@ class AttentionRecorder:
     the calls that are kept; ``on_call`` keeps none. Recorders nest; one that was entered later leaves earlier.
 
     Not seen: nested tensors outside of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention``, scripted and exported
-    modules, kernels that are not torch functions (flash-attn, xformers), and other threads.
+    modules, kernels that are not torch functions (flash-attn, xformers), other threads, and banded, chunked and
+    landmark attention (Longformer, LED's encoder, Nystromformer), which is not one matrix of queries x keys.
 
     Args:
         model: The model, or a module around it; paths below it become names. Attention of other models is not recorded.

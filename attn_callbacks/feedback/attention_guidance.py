@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from attn_callbacks._checks import one_of
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback.base import Feedback
+from attn_callbacks.feedback.number import check_number
 
 if TYPE_CHECKING:
     from attn_callbacks.capture import AttentionCall
@@ -38,7 +40,7 @@ class AttentionGuidance(Feedback):
 
     Raises:
         ValueError: If an argument is out of its range, or ``loss`` has learnable parameters.
-        TypeError: If ``loss`` is not a module.
+        TypeError: If ``loss`` is not a module, ``coefficient`` not a number, or ``layers`` a single string.
 
     Example:
         >>> from losses import AttentionGuidedLoss
@@ -67,6 +69,7 @@ class AttentionGuidance(Feedback):
                 f"`loss` must have no learnable parameters, got {type(loss).__name__} with some: no optimizer would "
                 "train them. Call it in `training_step` instead."
             )
+        check_number("coefficient", coefficient)
         if not 0 <= coefficient < math.inf:
             raise ValueError(f"`coefficient` must be finite and not negative, got {coefficient}.")
         if isinstance(layers, str):
@@ -76,11 +79,22 @@ class AttentionGuidance(Feedback):
         self.layers = None if layers is None else tuple(layers)
         self.when = one_of("when", when, ("always", "biased"))
         self._active = when == "always"
+        self._module: weakref.ref[nn.Module] | None = None
 
     @property
     def active(self) -> bool:
         """The term is added; while it is not, attention need not be captured."""
         return self._active
+
+    def bind(self, module: nn.Module) -> None:
+        """Wait for a finding again if ``when="biased"`` and the module is another one than last time.
+
+        Args:
+            module: The LightningModule.
+        """
+        if self._module is not None and self._module() is not module:
+            self._active = self.when == "always"
+        self._module = weakref.ref(module)
 
     def apply(self, report: BiasReport) -> tuple[str, ...]:
         """Switch guidance on if it waited for a finding and the report has one; it then stays on.
@@ -144,6 +158,9 @@ class AttentionGuidance(Feedback):
             state: What :meth:`state_dict` returned.
         """
         self._active = self.when == "always" or bool(state.get("active", self._active))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_module": None}  # a copy in another process binds to the module there
 
     def __repr__(self) -> str:
         return f"AttentionGuidance({self.loss!r}, {self.coefficient}, layers={self.layers}, when={self.when!r})"

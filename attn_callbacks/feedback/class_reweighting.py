@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,6 +47,7 @@ class ClassReweighting(Feedback):
         warm_up: Number of reports that are averaged only.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If an argument is out of its range; in `bind`, if there is no such loss or its table does not fit
             ``by``; in `apply`, if the report does not fit the table.
 
@@ -78,7 +80,7 @@ class ClassReweighting(Feedback):
         self.answers = frozenset({"class"} if by == "class" else {"class", "group"})
         self.settings = ControllerSettings(step_size, smoothing, limit, min_support, dead_band)
         self.warm_up = at_least("warm_up", warm_up, 0)
-        self._module: nn.Module | None = None
+        self._reference: weakref.ref[nn.Module] | None = None
         self._state: ControllerState | None = None
         self._shape: tuple[int, ...] = ()
         self._updates = 0
@@ -90,12 +92,12 @@ class ClassReweighting(Feedback):
             module: The LightningModule.
         """
         table = self._table(module)
-        if self._module is not None and self._module is not module:
+        if self._reference is not None and self._module is not module:
             self._state, self._updates = None, 0
         if self._state is None:
             self._state, self._shape = _start(table, self.criterion), tuple(table.shape)
         self._check_shape(table)
-        self._module = module
+        self._reference = weakref.ref(module)
         self._write()
 
     def apply(self, report: BiasReport) -> tuple[str, ...]:
@@ -105,7 +107,9 @@ class ClassReweighting(Feedback):
             report: What the last validation pass showed.
         """
         if self._state is None or self._module is None:
-            raise ValueError("`ClassReweighting` has no loss to change yet. Call `bind(module)` before `apply`.")
+            raise ValueError(
+                "`ClassReweighting` has no loss to change. Call `bind(module)` before `apply`, and keep the module."
+            )
         old, shape = self._state, self._shape
         recall, support = self._measured(report)
         recalls = _fit(recall, shape, math.nan).flatten().tolist()
@@ -115,7 +119,7 @@ class ClassReweighting(Feedback):
         self._state = control_step(old, recalls, supports, prior, self.settings, act=act)
         self._updates += 1
         self._write()
-        return _sentences(self._names(report), old.weight, self._state.weight, recalls)
+        return _sentences(self._names(report), old, self._state, recalls)
 
     def state_dict(self) -> dict[str, object]:
         """Return log weights, averages and the number of reports seen."""
@@ -142,7 +146,7 @@ class ClassReweighting(Feedback):
             self._write()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_module": None}  # a copy in another process binds to the module there
+        return {**vars(self), "_reference": None}  # a copy in another process binds to the module there
 
     def __repr__(self) -> str:
         chosen = self.settings
@@ -151,6 +155,10 @@ class ClassReweighting(Feedback):
             f"smoothing={chosen.smoothing}, limit={chosen.limit}, min_support={chosen.min_support}, "
             f"dead_band={chosen.dead_band}, warm_up={self.warm_up})"
         )
+
+    @property
+    def _module(self) -> nn.Module | None:
+        return None if self._reference is None else self._reference()
 
     def _table(self, module: nn.Module) -> Tensor:
         table = weight_table(find_weighted_loss(module, self.criterion))
@@ -181,9 +189,7 @@ class ClassReweighting(Feedback):
         """Return recalls and support in the axes of the table, after checking that they fit it."""
         if self.by == "group" and not report.has_groups:
             raise ValueError("by='group' needs groups in the report, got none. Give the batch schema a `group`.")
-        measured = (report.recall, report.class_support)
-        if self.by == "group":
-            measured = (report.cell_recall, report.support)
+        measured = (report.cell_recall, report.support) if self.by == "group" else (report.recall, report.class_support)
         seen = tuple(measured[1].shape)
         if seen[-1] != self._shape[-1] or seen[0] > self._shape[0]:
             raise ValueError(
@@ -224,13 +230,14 @@ def _numbers(values: Tensor) -> tuple[float, ...]:
 
 
 def _sentences(
-    names: Sequence[str], old: Sequence[float], new: Sequence[float], recall: Sequence[float]
+    names: Sequence[str], old: ControllerState, new: ControllerState, recall: Sequence[float]
 ) -> tuple[str, ...]:
     """Say which weights changed noticeably; of many, the largest changes."""
-    changes = {index: abs(math.log(new[index] / old[index])) for index in range(len(names))}
+    changes = {index: abs(new.log_weight[index] - old.log_weight[index]) for index in range(len(names))}
     told = sorted((index for index in changes if changes[index] > _WORTH_SAYING), key=lambda index: -changes[index])
     lines = [
-        f"{names[index]}: weight {old[index]:.2f} -> {new[index]:.2f} (recall {_recall_text(recall[index])})"
+        f"{names[index]}: weight {old.weight[index]:.2f} -> {new.weight[index]:.2f} "
+        f"({_recall_text(recall[index], new.average[index])})"
         for index in told[:_MAX_SENTENCES]
     ]
     if len(told) > _MAX_SENTENCES:
@@ -238,5 +245,7 @@ def _sentences(
     return tuple(lines)
 
 
-def _recall_text(recall: float) -> str:
-    return "not measured" if math.isnan(recall) else f"{recall:.2f}"
+def _recall_text(recall: float, average: float) -> str:
+    """Name the last recall and, where it reads otherwise, the average, which is what the weight follows."""
+    last, mean = ("not measured" if math.isnan(value) else f"{value:.2f}" for value in (recall, average))
+    return f"recall {last}" if last == mean else f"recall {last}, average {mean}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_callbacks._checks import at_least, in_range
+from attn_callbacks.feedback.number import check_number
 
 __all__ = ["ControllerSettings", "ControllerState", "control_step"]
 
@@ -29,7 +30,7 @@ class ControllerSettings:
 
     Raises:
         ValueError: If a setting is out of its range.
-        TypeError: If ``min_support`` is not an integer.
+        TypeError: If ``min_support`` is not an integer, or another setting is not a number.
     """
 
     step_size: float = 2.0
@@ -39,6 +40,8 @@ class ControllerSettings:
     dead_band: float = 0.02
 
     def __post_init__(self) -> None:
+        for name in ("step_size", "smoothing", "limit", "dead_band"):
+            check_number(name, getattr(self, name))
         if not 0 < self.step_size < math.inf:
             raise ValueError(f"`step_size` must be above 0 and finite, got {self.step_size}.")
         if not 0 <= self.smoothing < 1:

@@ -24,12 +24,6 @@ class Accumulator(Metric):
         with torch.inference_mode(False):
             self.add_state(name, torch.zeros(*shape, dtype=dtype, device=self.device), dist_reduce_fx="sum")
 
-    def grow(self, name: str, *shape: int) -> None:
-        """Enlarge the summed state ``name`` to ``shape``, keeping what it holds."""
-        state: Tensor = getattr(self, name)
-        self.add_zeros(name, *shape, dtype=state.dtype)
-        self.writable(name)[tuple(slice(size) for size in state.shape)] += state
-
     def writable(self, name: str) -> Tensor:
         """Return the state ``name``, ready for an addition in place."""
         state: Tensor = getattr(self, name)

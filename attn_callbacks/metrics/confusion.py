@@ -70,18 +70,6 @@ class GroupConfusion(LabelAccumulator):
         self.check_labels()
         return self.counts
 
-    def resize(self, num_classes: int, num_groups: int = 1) -> None:
-        """Grow to at least these sizes and keep the counts. Every process needs equal sizes before `compute`.
-
-        Args:
-            num_classes: Number of classes; a smaller number than the present one changes nothing.
-            num_groups: Number of groups; likewise.
-        """
-        self.check_labels()  # what was out of range until now was not counted
-        self.num_classes = max(self.num_classes, at_least("num_classes", num_classes, 2))
-        self.num_groups = max(self.num_groups, at_least("num_groups", num_groups, 1))
-        self.grow("counts", self.num_groups, self.num_classes, self.num_classes)
-
     def label_limits(self) -> tuple[int, ...]:
         """Return the number of predicted classes, target classes and groups."""
         return self.num_classes, self.num_classes, self.num_groups

@@ -86,13 +86,6 @@ class ClassMass(LabelAccumulator):
         mass, share = self.sums.unbind(dim=1)
         return ClassMassResult(mass / self.support, mass / share, self.support)
 
-    def resize(self, num_classes: int) -> None:
-        """Grow to at least ``num_classes`` and keep the sums. Every process needs equal sizes before `compute`."""
-        self.check_labels()
-        self.num_classes = max(self.num_classes, at_least("num_classes", num_classes, 2))
-        self.grow("sums", self.num_classes, 2)
-        self.grow("support", self.num_classes)
-
     def label_limits(self) -> tuple[int, ...]:
         """Return the number of classes."""
         return (self.num_classes,)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from examples.results import Result, save, table
+from examples.results import Result, save, story, table
 
 PLAIN = [Result(0.75, {"a": 0.5, "b": 1.0}), Result(0.85, {"a": 0.7, "b": 1.0})]
 
@@ -22,6 +22,14 @@ def test_table_shows_mean_and_standard_error():
 
 def test_table_of_one_seed_has_no_errors():
     assert "±" not in table({"plain": PLAIN[:1]})
+
+
+def test_story_names_the_worst_and_what_was_fed_back():
+    entry = {"epoch": 1, "step": 20, "accuracy": 0.9, "gap": 0.25, "worst_class_recall": 0.7, "actions": ["more of b"]}
+    first, second = story([entry]).splitlines()
+    assert first.strip() == "epoch 1, step  20: accuracy 0.90, worst class recall 0.70, gap 0.25"
+    assert second.strip() == "fed back: more of b"
+    assert "worst group accuracy 0.60" in story([{**entry, "worst_group_accuracy": 0.6}])
 
 
 def test_saved_file(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -218,3 +220,14 @@ def test_lower_recall_never_gets_the_lower_push(situation):
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         ControllerSettings(**changes)
+
+
+@pytest.mark.parametrize("name", ["step_size", "smoothing", "limit", "dead_band"])
+@pytest.mark.parametrize("value", ["a", None, True, [0.5]])
+def test_settings_that_are_no_number_are_refused(name, value):
+    with pytest.raises(TypeError, match=rf"`{name}` must be a number, got {re.escape(repr(value))}\."):
+        ControllerSettings(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert ControllerSettings(step_size=np.float32(2.0), smoothing=0, limit=np.int64(10)) == replace(PLAIN, smoothing=0)

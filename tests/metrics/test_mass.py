@@ -72,15 +72,6 @@ def test_half_precision_and_inference_mode():
     assert metric.compute().lift[0].item() == 1.5
 
 
-def test_resize_keeps_the_sums():
-    metric = ClassMass(2)
-    metric.update(torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([1]))
-    metric.resize(3)
-    metric.update(torch.tensor([0.1]), torch.tensor([0.1]), torch.tensor([2]))
-    assert metric.compute().support.tolist() == [0, 1, 1]
-    assert metric.compute().lift[1:].tolist() == pytest.approx([2.0, 1.0])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
