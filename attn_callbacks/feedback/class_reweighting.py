@@ -47,9 +47,9 @@ class ClassReweighting(Feedback):
         warm_up: Number of reports that are averaged only.
 
     Raises:
-        TypeError: If a number is none.
         ValueError: If an argument is out of its range; in `bind`, if there is no such loss or its table does not fit
             ``by``; in `apply`, if the report does not fit the table.
+        TypeError: If a setting is not a number.
 
     Example:
         >>> from losses import WeightedCrossEntropyLoss
@@ -107,9 +107,7 @@ class ClassReweighting(Feedback):
             report: What the last validation pass showed.
         """
         if self._state is None or self._module is None:
-            raise ValueError(
-                "`ClassReweighting` has no loss to change. Call `bind(module)` before `apply`, and keep the module."
-            )
+            raise ValueError("`ClassReweighting` has no loss to change. Call `bind(module)` first and keep the module.")
         old, shape = self._state, self._shape
         recall, support = self._measured(report)
         recalls = _fit(recall, shape, math.nan).flatten().tolist()

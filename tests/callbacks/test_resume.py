@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -83,4 +84,8 @@ def test_loading_twice_changes_nothing_more() -> None:
 
 
 def test_state_of_an_older_version_loads() -> None:
-    feeding_monitor().load_state_dict({})
+    monitor = feeding_monitor()
+    fresh = repr(monitor.state_dict())
+    with pytest.warns(UserWarning, match="the state of 0"):
+        monitor.load_state_dict({})
+    assert repr(monitor.state_dict()) == fresh

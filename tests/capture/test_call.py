@@ -126,6 +126,56 @@ def test_rows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
             call.weights(torch.zeros(shape, dtype=torch.long))
 
 
+@pytest.mark.parametrize("rows", [[0, 4], (0, 4), [], list(np.array([4, 1])), [3, 3]])
+def test_rows_may_be_a_list(rows: list[int]) -> None:
+    query, key = tensors()
+    for call in every_source().values():
+        picks = torch.tensor(rows, dtype=torch.long)
+        assert torch.equal(call.weights(rows), call.weights(picks))
+        assert torch.equal(call.allowed(rows), call.allowed(picks))
+        assert call.recorded is not None or torch.equal(call.logits(rows), call.logits(picks))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("rows", [[4, 0], [[4, 0], [1, 2]]])
+def test_rows_of_any_integer_type_are_indices(dtype: torch.dtype, rows: list[int]) -> None:
+    picks = torch.tensor(rows)
+    for call in every_source().values():
+        assert torch.equal(call.weights(picks.to(dtype)), call.weights(picks))
+        assert torch.equal(call.allowed(picks.to(dtype)), call.allowed(picks))
+
+
+@pytest.mark.parametrize("source", ["fused", "scores", "recorded", "flex"])
+@pytest.mark.parametrize(
+    ("error", "rows", "message"),
+    [
+        (TypeError, torch.tensor([0.0, 1.0]), "`rows` must hold integers, the indices of queries, got torch.float32"),
+        (TypeError, torch.tensor([True] * 5), "`rows` must hold integers, the indices of queries, got torch.bool"),
+        (TypeError, [0.5, 1.0], r"`rows` must be a tensor or a list of integers, got \[0.5, 1.0\]"),
+        (TypeError, [True, False], r"`rows` must be a tensor or a list of integers, got \[True, False\]"),
+        (TypeError, [[0], [1]], r"`rows` must be a tensor or a list of integers, got \[\[0\], \[1\]\]"),
+        (TypeError, 3, "`rows` must be a tensor or a list of integers, got 3"),
+        (ValueError, [0, 5], "`rows` must lie between 0 and 4, got 5"),
+        (ValueError, [-1, 0], "`rows` must lie between 0 and 4, got -1"),
+        (ValueError, torch.tensor([0, 9]), "`rows` must lie between 0 and 4, got 9"),
+        (ValueError, torch.tensor([[0, 1], [2, -2]]), "`rows` must lie between 0 and 4, got -2"),
+    ],
+)
+def test_rows_that_are_no_queries_are_refused(source: str, error: type[Exception], rows: Tensor, message: str) -> None:
+    call = every_source()[source]
+    for asked in (call.weights, call.allowed, *([call.logits] if call.recorded is None else [])):
+        with pytest.raises(error, match=message):
+            asked(rows)
+
+
+def test_rows_on_an_accelerator_are_not_looked_at() -> None:
+    tokens = torch.zeros(2, 4, 5, 8, device="meta")  # the meta device has no value to look at
+    call = AttentionCall("a", query=tokens, key=tokens, is_causal=True)
+    assert call.weights(torch.zeros(3, dtype=torch.long, device="meta")).shape == (2, 4, 3, 5)
+    with pytest.raises(ValueError, match="`rows` must lie between 0 and 4, got 5"):
+        call.weights([5])
+
+
 def test_logits_are_minus_infinity_where_a_query_may_not_attend() -> None:
     query, key = tensors()
     call = AttentionCall("a", query=query, key=key, mask=MASKS["float minimum"], is_causal=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -166,6 +169,62 @@ def test_state_survives_a_checkpoint():
         guidance.apply(GROUP_BIAS)
 
 
+def test_another_module_waits_for_a_finding_of_its_own():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    guidance = AttentionGuidance(AttentionGuidedLoss(), when="biased")
+    guidance.bind(first)
+    guidance.apply(GROUP_BIAS)
+    guidance.bind(first)
+    assert guidance.active  # the same run goes on
+    guidance.bind(second)
+    assert not guidance.active
+    assert len(guidance.apply(GROUP_BIAS)) == 1
+
+
+def test_module_is_let_go_after_its_run_and_the_next_waits():
+    module = nn.Linear(2, 2)
+    guidance, reference = AttentionGuidance(AttentionGuidedLoss(), when="biased"), weakref.ref(module)
+    guidance.bind(module)
+    guidance.apply(GROUP_BIAS)
+    del module
+    gc.collect()
+    assert reference() is None
+    guidance.bind(nn.Linear(2, 2))
+    assert not guidance.active
+
+
+def test_always_acts_in_every_module():
+    guidance = AttentionGuidance(AttentionGuidedLoss())
+    for module in (nn.Linear(2, 2), nn.Linear(2, 2)):
+        guidance.bind(module)
+        assert guidance.active
+
+
+@pytest.mark.parametrize("order", ["load, bind", "bind, load", "other run, bind, load"])
+def test_restored_state_wins_over_binding(order):
+    last, module = nn.Linear(2, 2), nn.Linear(2, 2)
+    guidance = AttentionGuidance(AttentionGuidedLoss(), when="biased")
+    for action in order.split(", "):
+        if action == "load":
+            guidance.load_state_dict({"active": True})
+        else:
+            guidance.bind(module if action == "bind" else last)
+    assert guidance.active
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda guidance: pickle.loads(pickle.dumps(guidance))])
+def test_copy_lets_go_of_the_module_and_keeps_the_state(twin):
+    module, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    guidance = AttentionGuidance(AttentionGuidedLoss(), when="biased")
+    guidance.bind(module)
+    guidance.apply(GROUP_BIAS)
+    copied = twin(guidance)
+    copied.bind(other)
+    assert copied.active
+    guidance.bind(module)
+    assert guidance.active
+
+
 def test_binds_to_any_module_and_can_be_pickled():
     guidance = AttentionGuidance(AttentionGuidedLoss(), layers=["encoder.*"])
     guidance.bind(nn.Linear(2, 2))
@@ -188,6 +247,8 @@ def test_loss_that_is_not_a_scalar_is_refused():
         (ValueError, {"coefficient": math.nan}, "`coefficient` must be finite and not negative, got nan"),
         (ValueError, {"coefficient": math.inf}, "`coefficient` must be finite"),
         (ValueError, {"coefficient": -1.0}, "not negative, got -1.0"),
+        (TypeError, {"coefficient": "a"}, "`coefficient` must be a number, got 'a'"),
+        (TypeError, {"coefficient": None}, "`coefficient` must be a number, got None"),
         (ValueError, {"when": "later"}, "`when` must be one of 'always', 'biased', got 'later'"),
         (TypeError, {"layers": "encoder"}, r"`layers` must be a list of names, got 'encoder': pass \['encoder'\]"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -66,6 +68,27 @@ def test_weights_follow_the_recalls():
         "negative: weight 1.00 -> 0.62 (recall 0.90)",
         "positive: weight 1.00 -> 1.38 (recall 0.50)",
     )
+
+
+def test_sentences_name_the_average_that_the_weights_follow():
+    target = module()
+    feedback = bound(target)
+    feedback.apply(report())
+    # averages 0.7 * 0.9 + 0.3 * 0.6 = 0.81 and 0.7 * 0.5 + 0.3 * 0.8 = 0.59: positive rises above the better recall
+    negative, positive = feedback.apply(report(torch.tensor([[[60, 40], [20, 80]]])))
+    assert negative.endswith("(recall 0.60, average 0.81)")
+    assert positive.endswith("(recall 0.80, average 0.59)")
+    assert positive.startswith("positive: weight 1.38 -> 1.53 ")
+
+
+def test_sentences_say_when_a_recall_was_not_measured():
+    target = Module(WeightedCrossEntropyLoss(3))
+    feedback = bound(target, smoothing=0.0)
+    names = ("a", "b", "c")
+    feedback.apply(BiasReport(0, 0, torch.tensor([[[90, 10, 0], [50, 50, 0], [30, 0, 70]]]), names))
+    told = feedback.apply(BiasReport(0, 0, torch.tensor([[[900, 100, 0], [50, 50, 0], [0, 0, 0]]]), names))
+    assert [line for line in told if line.startswith("c:")][0].endswith("(recall not measured, average 0.70)")
+    assert [line for line in told if line.startswith("b:")][0].endswith("(recall 0.50)")
 
 
 def test_weights_follow_the_cells():
@@ -206,12 +229,14 @@ def test_state_of_the_unbound_loads_again():
     feedback = ClassReweighting()
     feedback.load_state_dict(saved(feedback))
     feedback.load_state_dict({})
-    feedback.bind(module())
+    target = module()
+    feedback.bind(target)
     assert feedback.apply(report())
 
 
 def test_state_is_complete_and_plain():
-    feedback = bound(module(num_groups=2), by="group")
+    target = module(num_groups=2)
+    feedback = bound(target, by="group")
     feedback.apply(report(BY_GROUP))
     state = saved(feedback)
     assert state["updates"] == 1
@@ -230,6 +255,32 @@ def test_same_module_keeps_its_weights_and_another_starts_anew():
     feedback.bind(other)
     assert other.criterion.class_weight.tolist() == [1.0, 1.0]
     assert feedback.state_dict()["updates"] == 0
+
+
+def test_module_is_let_go_after_its_run_and_the_next_starts_anew():
+    target, other = module(), module()
+    feedback, reference = bound(target), weakref.ref(target)
+    feedback.apply(report())
+    del target
+    gc.collect()
+    assert reference() is None
+    assert feedback.state_dict()["log_weight"].tolist() != [0.0, 0.0]  # what was learned can still be saved
+    with pytest.raises(ValueError, match=r"no loss to change. Call `bind\(module\)` first and keep the module"):
+        feedback.apply(report())
+    feedback.bind(other)
+    assert other.criterion.class_weight.tolist() == [1.0, 1.0]
+    assert feedback.state_dict()["updates"] == 0
+
+
+def test_state_loaded_for_another_module_wins_over_the_last_run():
+    first, second = module(), module()
+    feedback, source = bound(first), bound(second)
+    source.apply(report())
+    expected, resumed = second.criterion.class_weight.clone(), module()
+    feedback.apply(noisy(3))
+    feedback.bind(resumed)
+    feedback.load_state_dict(saved(source))
+    assert torch.equal(resumed.criterion.class_weight, expected)
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda feedback: pickle.loads(pickle.dumps(feedback))])
@@ -254,7 +305,8 @@ def test_warm_up_waits_and_then_moves():
 
 
 def test_nothing_is_said_when_nothing_changes():
-    feedback = bound(module())
+    target = module()
+    feedback = bound(target)
     assert feedback.apply(report(torch.tensor([[[80, 20], [20, 80]]]))) == ()
     assert feedback.apply(report(torch.zeros(1, 2, 2, dtype=torch.int64))) == ()
 
@@ -321,12 +373,13 @@ def test_bind_refuses_what_it_cannot_change(target, arguments, message):
 
 
 def test_apply_refuses_a_report_that_does_not_fit():
+    plain, one, two = module(), module(num_groups=1), module(num_groups=2)
     with pytest.raises(ValueError, match=r"has shape \(2,\), but the report counts \(3,\)"):
-        bound(module()).apply(BiasReport(0, 0, torch.ones(1, 3, 3), ("a", "b", "c")))
+        bound(plain).apply(BiasReport(0, 0, torch.ones(1, 3, 3), ("a", "b", "c")))
     with pytest.raises(ValueError, match="by='group' needs groups in the report, got none"):
-        bound(module(num_groups=2), by="group").apply(report())
+        bound(two, by="group").apply(report())
     with pytest.raises(ValueError, match=r"has shape \(1, 2\), but the report counts \(2, 2\)"):
-        bound(module(num_groups=1), by="group").apply(report(BY_GROUP))
+        bound(one, by="group").apply(report(BY_GROUP))
     with pytest.raises(ValueError, match="Call `bind"):
         ClassReweighting().apply(report())
 
@@ -334,12 +387,12 @@ def test_apply_refuses_a_report_that_does_not_fit():
 @pytest.mark.parametrize("bind_first", [True, False])
 def test_state_of_another_shape_is_refused(bind_first):
     state = bound(module(num_groups=2), by="group").state_dict()
-    feedback = ClassReweighting()
+    feedback, target = ClassReweighting(), module()
     with pytest.raises(ValueError, match=r"saved weights have shape \(2, 2\), but .* has \(2,\). Resume with"):  # noqa: PT012
         if bind_first:
-            feedback.bind(module())
+            feedback.bind(target)
         feedback.load_state_dict(state)
-        feedback.bind(module())
+        feedback.bind(target)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +406,12 @@ def test_state_of_another_shape_is_refused(bind_first):
 def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ClassReweighting(**arguments)
+
+
+@pytest.mark.parametrize("name", ["step_size", "smoothing", "limit", "dead_band"])
+def test_arguments_that_are_no_number_are_refused(name):
+    with pytest.raises(TypeError, match=f"`{name}` must be a number, got 'a'"):
+        ClassReweighting(**{name: "a"})
 
 
 def test_answers_and_repr():
