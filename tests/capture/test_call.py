@@ -128,7 +128,6 @@ def test_rows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("rows", [[0, 4], (0, 4), [], list(np.array([4, 1])), [3, 3]])
 def test_rows_may_be_a_list(rows: list[int]) -> None:
-    query, key = tensors()
     for call in every_source().values():
         picks = torch.tensor(rows, dtype=torch.long)
         assert torch.equal(call.weights(rows), call.weights(picks))
@@ -170,8 +169,10 @@ def test_rows_that_are_no_queries_are_refused(source: str, error: type[Exception
 
 def test_rows_on_an_accelerator_are_not_looked_at() -> None:
     tokens = torch.zeros(2, 4, 5, 8, device="meta")  # the meta device has no value to look at
-    call = AttentionCall("a", query=tokens, key=tokens, is_causal=True)
-    assert call.weights(torch.zeros(3, dtype=torch.long, device="meta")).shape == (2, 4, 3, 5)
+    rows = torch.zeros(3, dtype=torch.long, device="meta")
+    assert AttentionCall("a", query=tokens, key=tokens, is_causal=True).allowed(rows).shape == (1, 1, 3, 5)
+    call = AttentionCall("a", recorded=torch.ones(2, 4, 5, 5, device="meta"))
+    assert call.weights(rows).shape == (2, 4, 3, 5)
     with pytest.raises(ValueError, match="`rows` must lie between 0 and 4, got 5"):
         call.weights([5])
 
