@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from numbers import Real
 from typing import TypeVar
 
-__all__ = ["at_least", "check_axes", "in_range", "name_list", "one_of"]
+__all__ = ["at_least", "check_axes", "check_number", "in_range", "name_list", "one_of"]
 
 Value = TypeVar("Value")
 
@@ -19,8 +20,15 @@ def at_least(name: str, value: int, low: int) -> int:
     return value
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise unless ``value`` is a real number; a boolean is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+
+
 def in_range(name: str, value: float, low: float, high: float) -> float:
     """Return ``value`` if it lies in ``[low, high]``; NaN does not."""
+    check_number(name, value)
     if not low <= value <= high:
         raise ValueError(f"`{name}` must lie between {low} and {high}, got {value}.")
     return value

@@ -157,7 +157,8 @@ class AttentionHeatmaps(ValidationObserver):
 
 def _buckets(valid: Tensor, buckets: int) -> Tensor:
     """Which of the buckets that ``valid (tokens,)`` was pooled into hold a token and not only padding."""
-    return (torch.arange(len(valid)) * buckets // len(valid))[valid].unique()
+    bucket = torch.arange(len(valid)) * buckets // len(valid)
+    return torch.bincount(bucket[valid], minlength=buckets) > 0
 
 
 def _tokenizer(module: Any, trainer: Any) -> Any:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from attn_callbacks._checks import one_of
+from attn_callbacks._checks import check_number, one_of
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback.base import Feedback
-from attn_callbacks.feedback.number import check_number
 
 if TYPE_CHECKING:
     from attn_callbacks.capture import AttentionCall

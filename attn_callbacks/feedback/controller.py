@@ -10,8 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attn_callbacks._checks import at_least, in_range
-from attn_callbacks.feedback.number import check_number
+from attn_callbacks._checks import at_least, check_number, in_range
 
 __all__ = ["ControllerSettings", "ControllerState", "control_step"]
 
