@@ -1,5 +1,7 @@
 """What it costs to look: one evaluation step of a BERT, watched in several ways.
 
+The eager twin returns maps and no scores, so that its statistics lack the largest logit.
+
 Run: ``python -m benchmarks.capture [folder for the JSON files]``.
 """
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from attn_callbacks.capture import AttentionCall, AttentionRecorder
+from attn_callbacks.capture.scores import softmax_rows
 from attn_callbacks.functional import head_statistics, stratified_rows
 from benchmarks.paired import compare, report
 
@@ -36,8 +39,8 @@ def arms(tokens: int, batch: int) -> dict[str, Callable[[], object]]:
     generator = torch.Generator()
 
     def sampled(call: AttentionCall) -> None:
-        rows, drawn = stratified_rows(call.query_valid, min(ROWS, tokens), generator)
-        _statistics(call, rows, drawn)
+        whole = tokens <= ROWS
+        _statistics(call, *((None, None) if whole else stratified_rows(call.query_valid, ROWS, generator)))
 
     def exact(call: AttentionCall) -> None:
         _statistics(call, None, None)
@@ -63,12 +66,15 @@ def arms(tokens: int, batch: int) -> dict[str, Callable[[], object]]:
         "recorder, nothing asked": watched(lambda call: None),
         f"recorder, statistics of {ROWS} rows": watched(sampled),
         "recorder, statistics of all rows": watched(exact),
-        "eager, output_attentions, same": returned_maps,
+        "eager maps, the same but max_logit": returned_maps,
     }
 
 
 def _statistics(call: AttentionCall, rows: Tensor | None, drawn: Tensor | None) -> None:
-    head_statistics(call.weights(rows), call.logits(rows), positions=rows, allowed=call.allowed(rows), valid=drawn)
+    logits = call.logits(rows)
+    if logits is not None:
+        weights = softmax_rows(logits)
+        head_statistics(weights, logits, positions=rows, allowed=call.allowed(rows), valid=drawn)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from attn_callbacks.callbacks._loggers import log_agreed, log_pictures, log_scal
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall
+from attn_callbacks.capture.scores import softmax_rows
 from attn_callbacks.functional import STATISTICS, head_statistics
 from attn_callbacks.metrics import HeadStatisticsMetric, HeadStatisticsResult
 from attn_callbacks.render import layer_head_grid
@@ -100,9 +101,10 @@ class HeadStatistics(ValidationObserver):
     def _measure(self, call: AttentionCall) -> None:
         call = known_tokens(call, self._valid)
         rows, real = drawn_rows(call, self.rows, self._generator)
+        logits = call.logits(rows)  # from which weights follow: the scores are not computed twice
         statistics = head_statistics(
-            call.weights(rows),
-            call.logits(rows),
+            call.weights(rows) if logits is None else softmax_rows(logits),
+            logits,
             positions=rows,
             allowed=call.allowed(rows),
             valid=real,

@@ -14,7 +14,7 @@ from attn_callbacks._checks import at_least
 from attn_callbacks.capture import flex
 from attn_callbacks.capture.pooling import pooled_weights
 from attn_callbacks.capture.rows import check_rows, row_chunks, take_rows
-from attn_callbacks.capture.scores import fused_scores, let_through, wide
+from attn_callbacks.capture.scores import fused_scores, let_through, softmax_rows, wide
 
 __all__ = ["AttentionCall"]
 
@@ -197,10 +197,7 @@ class AttentionCall:
         """
         if self.recorded is not None:
             return wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
-        logits = cast(Tensor, self.logits(rows))
-        dead = logits.detach().amax(dim=-1, keepdim=True) == -math.inf
-        # zeros, not -inf, in rows without keys: a softmax of -inf alone is NaN, and so is its gradient
-        return torch.softmax(logits.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
+        return softmax_rows(cast(Tensor, self.logits(rows)))
 
     def bucketed_weights(self, query_buckets: int, key_buckets: int) -> Tensor:
         """Pool the weights: mean over the valid queries of each bucket, sum over the keys of each bucket.

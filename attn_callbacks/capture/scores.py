@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attn_callbacks.capture.rows import take_rows
 
-__all__ = ["fused_scores", "let_through", "wide"]
+__all__ = ["fused_scores", "let_through", "softmax_rows", "wide"]
 
 _MASKED = -1e8  # additive masks below are "may not attend": finfo.min, -inf and -1e9 are, no position bias ever is
 
@@ -35,6 +35,13 @@ def fused_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float |
     if mask is not None and mask.is_floating_point():
         scores = scores + wide(take_rows(mask, rows))
     return scores
+
+
+def softmax_rows(logits: Tensor) -> Tensor:
+    """Turn logits ``(..., keys)`` into weights; a row without any allowed key, all ``-inf``, becomes zeros."""
+    dead = logits.detach().amax(dim=-1, keepdim=True) == -math.inf
+    # zeros, not -inf, in rows without keys: a softmax of -inf alone is NaN, and so is its gradient
+    return torch.softmax(logits.masked_fill(dead, 0.0), dim=-1).masked_fill(dead, 0.0)
 
 
 def let_through(mask: Tensor, rows: Tensor | None) -> Tensor:
