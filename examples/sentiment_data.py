@@ -179,5 +179,5 @@ def _spans(text: str, words: Collection[str]) -> list[tuple[int, int]]:
 
 
 def _marked(start: int, stop: int, spans: Sequence[tuple[int, int]]) -> bool:
-    """A word piece overlaps a marked word; special tokens are empty."""
-    return start < stop and any(start < high and low < stop for low, high in spans)
+    """A word piece overlaps a marked word; special tokens, from 0 to 0, overlap none."""
+    return any(start < high and low < stop for low, high in spans)

@@ -162,3 +162,9 @@ def test_named_logits_come_from_the_output_only() -> None:
 def test_repr_shows_what_was_given() -> None:
     assert repr(BatchSchema()) == "BatchSchema()"
     assert repr(BatchSchema(target=1, group="domain")) == "BatchSchema(target=1, group='domain')"
+
+
+def test_pictures_may_be_bytes_and_token_ids_are_no_pictures() -> None:
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert BatchSchema().read("image", (pictures, torch.zeros(2))) is pictures
+    assert BatchSchema().read("image", (pictures.long(), torch.zeros(2))) is None

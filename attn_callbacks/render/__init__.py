@@ -8,7 +8,7 @@ from attn_callbacks.render.layers import layer_head_grid
 from attn_callbacks.render.overlay import overlay
 from attn_callbacks.render.palettes import diverging, head_colours, sequential
 from attn_callbacks.render.picture import Picture
-from attn_callbacks.render.pooling import pool, pool_to_budget
+from attn_callbacks.render.pooling import pool
 
 __all__ = [
     "Picture",
@@ -19,6 +19,5 @@ __all__ = [
     "layer_head_grid",
     "overlay",
     "pool",
-    "pool_to_budget",
     "sequential",
 ]

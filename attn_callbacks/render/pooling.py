@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from math import ceil, prod
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_callbacks._checks import at_least
 
-__all__ = ["pool", "pool_to_budget"]
+__all__ = ["pool"]
 
 Floats = NDArray[np.floating]
 
@@ -44,33 +44,6 @@ def pool(maps: Floats, max_queries: int, max_keys: int) -> Floats:
         counts = np.diff(np.append(starts, queries)).astype(maps.dtype)
         maps = np.add.reduceat(maps, starts, axis=-2) / counts[:, None]
     return np.add.reduceat(maps, np.arange(0, keys, columns), axis=-1) if columns > 1 else maps
-
-
-def pool_to_budget(maps: Floats, max_bytes: int) -> Floats:
-    """Shrink attention maps by the smallest equal span of queries and keys that fits them into ``max_bytes``.
-
-    Args:
-        maps: Attention weights.
-        max_bytes: Largest size in bytes. Below one weight per map, maps shrink to one weight each.
-
-    Shape:
-        - maps: ``(..., queries, keys)``
-        - output: ``(..., rows, columns)``
-
-    Raises:
-        ValueError: If ``max_bytes`` is below one.
-
-    Example:
-        >>> pool_to_budget(np.full((2, 8, 8), 0.125), max_bytes=512).shape
-        (2, 4, 4)
-    """
-    at_least("max_bytes", max_bytes, 1)
-    queries, keys = maps.shape[-2:]
-    each = prod(maps.shape[:-2]) * maps.itemsize
-    length, longest = 1, max(queries, keys)
-    while length < longest and each * ceil(queries / length) * ceil(keys / length) > max_bytes:
-        length += 1
-    return pool(maps, ceil(queries / length), ceil(keys / length))
 
 
 def span(length: int, limit: int) -> int:

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 import losses
 from attn_callbacks import AttentionGuidance, AttentionHeatmaps, BatchSchema, BiasMonitor, ClassReweighting
 from attn_callbacks._lightning import MisconfigurationException
+from attn_callbacks.bias import BiasReport
+from attn_callbacks.feedback import Feedback
 from tests.callbacks.models import Bert, Classifier, Texts, csv_logger, fit, pair_loader, quiet_trainer
 
 
@@ -98,13 +100,23 @@ def test_logits_that_are_not_finite_are_no_predictions_and_nothing_is_fed_back(t
             logits[:3] = torch.nan
             return {"logits": logits}
 
-    monitor = BiasMonitor(feedback=[ClassReweighting(by="group", min_support=1, dead_band=0.0)], min_support=1)
-    module = Diverging()
-    fit(module, quiet_trainer(tmp_path, [monitor], max_epochs=1), DataLoader(Texts(), 8), DataLoader(Texts(16), 8))
+    class Counting(Feedback):
+        applied = 0
+
+        def apply(self, report: BiasReport) -> tuple[str, ...]:
+            self.applied += 1
+            return ("acted",)
+
+    feedback = Counting()
+    monitor = BiasMonitor(feedback=[feedback])
+    data = DataLoader(Texts(), 8), DataLoader(Texts(16), 8)
+    fit(Classifier(), quiet_trainer(tmp_path, [BiasMonitor(feedback=[feedback])]), *data)
+    assert feedback.applied == 1
+    fit(Diverging(), quiet_trainer(tmp_path, [monitor]), *data)
+    assert feedback.applied == 1
     assert monitor.report is not None
     assert int(monitor.report.support.sum()) == 10
     assert monitor.ledger[-1]["actions"] == ["Nothing: 6 samples have logits that are not finite and were left out."]
-    assert (module.criterion.class_weight == 1).all()
 
 
 def test_heat_maps_of_batches_of_unknown_size_say_what_to_do(tmp_path: Path) -> None:
