@@ -7,6 +7,6 @@ float32 under mixed precision, and ``reduction="mean"`` divides by a number of s
 from __future__ import annotations
 
 from losses.attention import AttentionGuidedLoss, attention_guidance
-from losses.weighted import WeightedCrossEntropyLoss, weighted_cross_entropy
+from losses.classification import WeightedCrossEntropyLoss, weighted_cross_entropy
 
 __all__ = ["AttentionGuidedLoss", "WeightedCrossEntropyLoss", "attention_guidance", "weighted_cross_entropy"]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["REDUCTIONS", "accumulation_dtype", "check_shape", "check_weight_values", "check_within", "one_of"]
+__all__ = [
+    "REDUCTIONS",
+    "accumulation_dtype",
+    "at_least",
+    "check_shape",
+    "check_weight_values",
+    "check_within",
+    "class_counts_tensor",
+    "in_range",
+    "one_of",
+]
 
 Value = TypeVar("Value")
 
@@ -19,6 +30,25 @@ def one_of(name: str, value: Value, allowed: Collection[Value]) -> Value:
     """Return ``value`` if it is among ``allowed``."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value
+
+
+def at_least(name: str, value: int, low: int) -> int:
+    """Return ``value`` if it is a whole number not below ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}.")
+    return value
+
+
+def in_range(name: str, value: float, low: float, high: float = math.inf) -> float:
+    """Return ``value`` if it is a finite number in ``[low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
+    if not (math.isfinite(value) and low <= value <= high):
+        limits = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+        raise ValueError(f"`{name}` must be a finite number, {limits}, got {value}.")
     return value
 
 
@@ -50,6 +80,17 @@ def check_weight_values(name: str, weight: Tensor) -> None:
     bad = ~(torch.isfinite(weight) & (weight >= 0))
     if bool(bad.any()):
         raise ValueError(f"`{name}` must be finite and not negative, got {weight[bad][0].item()}.")
+
+
+def class_counts_tensor(class_counts: Tensor | Sequence[float]) -> Tensor:
+    """Return the number of training samples of each class as float64 ``(classes,)``, after checking it."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.dim() != 1 or len(counts) < 1:
+        raise ValueError(f"`class_counts` must have shape (classes,), got {tuple(counts.shape)}.")
+    check_weight_values("class_counts", counts)
+    if not bool((counts > 0).any()):
+        raise ValueError("`class_counts` must have a class with samples, got zeros only. Count the training labels.")
+    return counts
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

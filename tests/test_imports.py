@@ -176,7 +176,7 @@ def test_a_wrong_arrow_is_found(room: str, source: str) -> None:
         ("feedback", "import typing\nif typing.TYPE_CHECKING:\n    import losses"),
         ("callbacks", "from attn_callbacks._lightning import Callback\nfrom attn_callbacks.capture import record"),
         ("_lightning", "import importlib\nimportlib.import_module('lightning.pytorch')"),
-        ("losses", "from losses.weighted import WeightedCrossEntropyLoss\nfrom torch import nn"),
+        ("losses", "from losses.classification.weighted import WeightedCrossEntropyLoss\nfrom torch import nn"),
     ],
 )
 def test_a_right_arrow_passes(room: str, source: str) -> None:

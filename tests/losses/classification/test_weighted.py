@@ -188,11 +188,39 @@ def test_setting_weights_keeps_the_buffer():
     assert criterion.class_weight.data_ptr() == address
 
 
-def test_state_dict_is_that_of_plain_cross_entropy():
-    ours, plain = WeightedCrossEntropyLoss(2, weight=[1.0, 3.0]), nn.CrossEntropyLoss()
-    plain.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(plain.state_dict(), strict=True)
-    assert ours.class_weight.tolist() == [1.0, 3.0]
+def test_state_dict_keeps_the_weights():
+    ours, other = WeightedCrossEntropyLoss(2, weight=[1.0, 3.0]), WeightedCrossEntropyLoss(2)
+    other.load_state_dict(ours.state_dict(), strict=True)
+    assert other.class_weight.tolist() == [1.0, 3.0]
+
+
+def test_a_checkpoint_of_plain_cross_entropy_still_loads():
+    class Model(nn.Module):
+        def __init__(self, criterion):
+            super().__init__()
+            self.layer, self.criterion = nn.Linear(2, 2), criterion
+
+    plain, ours = Model(nn.CrossEntropyLoss()), Model(WeightedCrossEntropyLoss(2, weight=[1.0, 3.0]))
+    saved = plain.state_dict()
+    with pytest.warns(UserWarning, match=r"holds no state of WeightedCrossEntropyLoss \(criterion.class_weight\)"):
+        ours.load_state_dict(saved, strict=True)
+    assert torch.equal(ours.layer.weight, plain.layer.weight)
+    assert ours.criterion.class_weight.tolist() == [1.0, 3.0]
+    assert "criterion.class_weight" not in saved
+
+
+@pytest.mark.parametrize("positions", [(), (3,)])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_label_smoothing_is_that_of_cross_entropy(positions, reduction):
+    logits, target, weight = randn(6, 4, *positions), labels(4, 6, *positions), torch.rand(4)
+    target[1] = -100
+    expected = F.cross_entropy(logits, target, weight=weight, label_smoothing=0.2, reduction=reduction)
+    given = weighted_cross_entropy(logits, target, class_weight=weight, label_smoothing=0.2, reduction=reduction)
+    torch.testing.assert_close(given, expected)
+    soft = randn(6, 4, *positions).softmax(1)
+    expected = F.cross_entropy(logits, soft, weight=weight, label_smoothing=0.2, reduction=reduction)
+    module = WeightedCrossEntropyLoss(4, weight, label_smoothing=0.2, reduction=reduction)
+    torch.testing.assert_close(module(logits, soft), expected)
 
 
 def test_copies_and_pickles_keep_the_weights():
@@ -200,7 +228,7 @@ def test_copies_and_pickles_keep_the_weights():
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         other.set_class_weight([5.0, 5.0])
         assert criterion.class_weight.tolist() == [1.0, 3.0]
-    assert repr(criterion) == "WeightedCrossEntropyLoss(2, reduction='mean', ignore_index=-100)"
+    assert repr(criterion) == "WeightedCrossEntropyLoss(2, label_smoothing=0.0, reduction='mean', ignore_index=-100)"
     assert "num_groups=4" in repr(WeightedCrossEntropyLoss(2, num_groups=4))
 
 
@@ -223,6 +251,10 @@ def test_group_is_accepted_where_the_weights_have_none():
         (
             {"num_classes": 2, "reduction": "average"},
             r"`reduction` must be one of 'none', 'mean', 'sum', got",
+        ),
+        (
+            {"num_classes": 2, "label_smoothing": 2},
+            r"`label_smoothing` must be a finite number, between 0 and 1, got 2",
         ),
         ({"num_classes": 2, "weight": [1.0, 1.0, 1.0]}, r"`weight` must have shape \(2,\), got \(3,\)"),
         ({"num_classes": 2, "weight": [1.0, -1.0]}, r"`weight` must be finite and not negative, got -1.0"),
@@ -253,7 +285,10 @@ def test_refused_weights_leave_the_old_ones():
             r"`target` must have shape \(samples, positions...\) = \(2,\)",
         ),
         ({"target": torch.ones(2)}, r"`target` must have shape of `logits` = \(2, 3\), got \(2,\)"),
-        ({"logits": torch.zeros(3)}, r"`logits` must have shape \(samples, classes, positions...\), got \(3,\)"),
+        (
+            {"logits": torch.zeros(3)},
+            r"`logits` must be a tensor of shape \(samples, classes, positions...\), got \(3,\)",
+        ),
         ({"class_weight": torch.ones(2)}, r"`class_weight` must have shape \(classes,\) = \(3,\), got \(2,\)"),
         ({"class_weight": torch.ones(2, 2)}, r"`class_weight` must have shape \(groups, classes\) = \(2, 3\)"),
         ({"class_weight": torch.ones(4, 3)}, r"one row for each of 4 groups, but `group` is missing: pass `group=`"),
@@ -273,7 +308,7 @@ def test_call_checks(arguments, message):
 
 
 def test_wrong_dtypes():
-    with pytest.raises(TypeError, match="`target` must hold integer class indices or floating class probabilities"):
+    with pytest.raises(TypeError, match=r"`target` must hold integer class indices, got torch.bool"):
         weighted_cross_entropy(torch.zeros(2, 2), torch.tensor([True, False]))
     with pytest.raises(TypeError, match=r"`group` must hold integer group indices, got torch.float32"):
         weighted_cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1]), group=torch.zeros(2))
