@@ -47,16 +47,23 @@ def compare(arms: Mapping[str, Callable[[], Any]], pairs: int = 21, warm_up: int
     return {name: _relate(np.array(seconds), base) for name, seconds in times.items()}
 
 
-def report(title: str, results: Mapping[str, Comparison], folder: Path) -> None:
-    """Print a table and write ``<folder>/<title>.json``."""
+def report(
+    title: str, results: Mapping[str, Comparison], folder: Path, memory: Mapping[str, int] | None = None
+) -> None:
+    """Print a table and write ``<folder>/<title>.json``; ``memory`` is the peak of each arm in bytes."""
+    memory = memory or {}
+    width = max(34, *map(len, results))
     print(f"\n{title}   ({torch.get_num_threads()} thread(s), torch {torch.__version__})")
-    print(f"{'':34s} {'ms':>9s} {'ratio':>7s}   95 % interval")
+    print(f"{'':{width}s} {'ms':>9s} {'ratio':>7s}   95 % interval" + ("       MB" if memory else ""))
     for name, result in results.items():
-        print(f"{name:34s} {1000 * result.seconds:9.2f} {result.ratio:7.3f}   [{result.low:.3f}, {result.high:.3f}]")
+        line = (
+            f"{name:{width}s} {1000 * result.seconds:9.2f} {result.ratio:7.3f}   [{result.low:.3f}, {result.high:.3f}]"
+        )
+        print(line + (f"  {memory[name] / 1e6:9.1f}" if name in memory else ""))
+    arms = {name: {**result._asdict(), "peak_bytes": memory.get(name)} for name, result in results.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     path = folder / f"{title.replace(' ', '_')}.json"
-    path.write_text(json.dumps({**content, "arms": {name: result._asdict() for name, result in results.items()}}))
+    path.write_text(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "arms": arms}))
 
 
 def _relate(seconds: np.ndarray[Any, Any], base: np.ndarray[Any, Any]) -> Comparison:

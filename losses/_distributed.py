@@ -14,10 +14,10 @@ __all__ = ["process_count", "sum_over_processes"]
 
 
 def process_count(process_group: ProcessGroup | None = None) -> int:
-    """Return the number of processes; one where no process group was initialised."""
+    """Return the number of processes; one where no process group was initialised, or this process is not in it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
-    return distributed.get_world_size(process_group)
+    return max(distributed.get_world_size(process_group), 1)  # torch says -1 to a process that is not in the group
 
 
 @torch.no_grad()

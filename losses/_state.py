@@ -14,21 +14,25 @@ def allow_missing_state(loss: nn.Module) -> None:
     """Let ``loss`` load, strictly, from a checkpoint that has no state for it at all; the initial state then stays.
 
     A run that began with ``nn.CrossEntropyLoss`` can so go on with a loss that keeps weights. Says so in a warning,
-    since a resumed run would be another one. A checkpoint with a part of the state is still refused.
+    since a resumed run would be another one. A checkpoint with a part of the state, or with state that another loss
+    left in the same place, is still refused.
 
     Args:
-        loss: Module whose own buffers and parameters are meant, not those of its children.
+        loss: Module whose own buffers and parameters are meant, not those of its children: call it on a
+            ``nn.ParameterDict`` too.
     """
     loss.register_load_state_dict_pre_hook(_fill_in)
 
 
 def _fill_in(loss: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    own = [prefix + name for name in loss.state_dict(keep_vars=True) if "." not in name]
-    if not own or any(name in state_dict for name in own):
+    if any(name.startswith(prefix) for name in state_dict):
+        return
+    own = {prefix + name: value for name, value in loss.state_dict().items() if "." not in name}
+    if not own:
         return
     warnings.warn(
         f"The checkpoint holds no state of {type(loss).__name__} ({', '.join(own)}), as if another criterion had "
         "written it: the loss keeps the state it has.",
         stacklevel=2,
     )
-    state_dict.update({prefix + name: value for name, value in loss.state_dict().items() if "." not in name})
+    state_dict.update(own)

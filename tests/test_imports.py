@@ -53,7 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     "tb_plugin": {"numpy", "tensorboard", "werkzeug"},
     "callbacks": {"lightning_utilities", "numpy", "tensorboard", "torch", "torchmetrics"},
     "__init__": set(),
-    "losses": {"torch"},
+    "losses": {"scipy", "torch", "torchjd"},  # all but torch inside functions only; `LOADS` holds it to that
 }
 
 # Imported one after the other in one process, light before heavy; none may have loaded what stands beside it by then.
@@ -62,7 +62,7 @@ LOADS: dict[str, set[str]] = {
     "attn_callbacks.render": {"tensorboard", "torch", "torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.store": {"tensorboard", "torch", "torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.tb_plugin": {"torch", "torchmetrics", *LIGHTNING},
-    "losses": {"torchmetrics", "transformers", *LIGHTNING},
+    "losses": {"scipy", "torchjd", "torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.functional": {"torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.capture": {"torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.batch": {"torchmetrics", "transformers", *LIGHTNING},

@@ -1,22 +1,22 @@
-"""Guide attention: reward its mass on relevant tokens, suppress its mass on spurious ones."""
+"""Guide attention: reward it on relevant tokens, suppress it on spurious ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, one_of
+from losses._checks import REDUCTIONS, one_of
+from losses.attention._forms import DISTRIBUTION_FORMS, divergence
+from losses.attention._layers import EMPTY_ROW, as_layers, check_valid, layer_mean, real_rows, reduce_layers
+from losses.attention._mass import FLOOR, Degrees, degrees, mass, smallest, surprise
 
 __all__ = ["AttentionGuidedLoss", "attention_guidance"]
 
-FORMS = ("mass", "log")
+MASS_FORMS = ("mass", "log")
+FORMS = MASS_FORMS + DISTRIBUTION_FORMS
 QUERIES = ("all", "first")
-_EMPTY_ROW = 2.0**-20  # a row whose weights on valid keys sum to less attends to nothing
-_FLOOR = 2.0**-20  # smallest mass under a logarithm; a power of two, so that full mass costs exactly zero
-_FLOOR_HALF = 2.0**-10  # float16 gradients overflow at 65504
 
 
 def attention_guidance(
@@ -38,13 +38,23 @@ def attention_guidance(
         \ell_{\text{mass}} = 1 - h, \qquad \ell_{\log} = \frac{\log h}{\log h_u}, \quad h_u = u \text{ or } 1 - u
 
     so ``"mass"`` lies in ``[0, 1]``, and ``"log"`` is 0 when attention does as wanted and exactly 1 when it is uniform,
-    whatever the length; it presses harder the further attention is off. Costs are averaged over a sample's rows and
-    heads, then over layers, then over the samples that carry the annotation; the two terms add up. One pass over the
-    weights, no second softmax.
+    whatever the length; it presses harder the further attention is off. These two do not mind how attention is spread
+    within the set. The others want the whole row to be the target :math:`t = r / \sum_j r_j` over valid keys:
+
+    .. math::
+        \ell_{\text{kl}} = \frac{\mathrm{KL}(t \,\Vert\, a)}{\mathrm{KL}(t \,\Vert\, \text{uniform})}, \qquad
+        \ell_{\text{js}} = \frac{\mathrm{JS}(a, t)}{\log 2}, \qquad
+        \ell_{\text{iou}} = 1 - \frac{\sum_j \min(a_j, t_j)}{\sum_j \max(a_j, t_j)}
+
+    with ``a`` renormalised over valid keys. All are 0 at the target; ``"kl"`` is exactly 1 when attention is uniform
+    (undivided where the target itself is), ``"js"`` and ``"iou"`` lie in ``[0, 1]``. Costs are averaged over a sample's
+    rows and heads, then over layers, then over the samples that carry the annotation; the two terms add up. ``"mass"``
+    and ``"log"`` take one pass over the weights, ``"iou"`` three, ``"kl"`` one logarithm per weight and ``"js"`` two.
+    No second softmax, which would flatten the target with the length of the text.
 
     No annotation is never a target of its own: samples without a relevant (spurious) valid key contribute nothing and
-    leave the average, as do rows without weight on valid keys. Where every valid key is in the set there is no choice:
-    the cost is 0 (relevant) or 1 (spurious), without a gradient.
+    leave the average, as do rows without weight on valid keys. Where every valid key is in the set, ``"mass"`` and
+    ``"log"`` leave no choice: the cost is 0 (relevant) or 1 (spurious), without a gradient.
 
     Args:
         weights: Attention weights after the softmax, of one layer or of several. Guidance of the last layer alone tends
@@ -52,8 +62,9 @@ def attention_guidance(
         target_mask: Relevance of each key, boolean or in ``[0, 1]``; ``None`` rewards nothing.
         valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every key. Where ``queries == keys``, it
             also leaves out the rows of padding.
-        spurious: Degree to which each key is spurious, boolean or in ``[0, 1]``; ``None`` suppresses nothing.
-        form: ``"mass"`` or ``"log"``.
+        spurious: Degree to which each key is spurious, boolean or in ``[0, 1]``; ``None`` suppresses nothing. For
+            ``"mass"`` and ``"log"`` only.
+        form: ``"mass"``, ``"log"``, ``"kl"``, ``"js"`` or ``"iou"``.
         queries: ``"all"`` rows, or the ``"first"`` valid one, where the classification token sits. In causal attention,
             early rows that cannot reach a relevant key count as misses.
         reduction: ``"mean"`` over annotated samples (each term by its own number), ``"sum"`` or ``"none"``.
@@ -64,8 +75,9 @@ def attention_guidance(
         - output: scalar, or ``(batch,)`` for ``reduction="none"``
 
     Raises:
-        ValueError: If neither ``target_mask`` nor ``spurious`` is given, there are no weights, a shape does not fit or
-            (checked on the CPU only) a mask has values outside ``[0, 1]``.
+        ValueError: If neither ``target_mask`` nor ``spurious`` is given, ``spurious`` meets a form that does not take
+            it, there are no weights, a shape does not fit or (checked on the CPU only) a mask has values outside
+            ``[0, 1]``.
         TypeError: If ``weights`` holds something else than tensors.
 
     Example:
@@ -73,7 +85,7 @@ def attention_guidance(
         >>> relevance = torch.tensor([[True, False, False, False]])
         >>> loss = attention_guidance(scores.softmax(dim=-1), relevance)
         >>> loss
-        tensor(0.7500, grad_fn=<SumBackward0>)
+        tensor(0.7500, grad_fn=<SumBackward1>)
         >>> loss.backward()
         >>> scores.grad[0, 0, 0]
         tensor([-0.0938,  0.0312,  0.0312,  0.0312])
@@ -87,26 +99,25 @@ def attention_guidance(
     one_of("form", form, FORMS)
     one_of("queries", queries, QUERIES)
     one_of("reduction", reduction, REDUCTIONS)
-    layers = _as_layers(weights)
-    sets = _key_sets(layers[0], target_mask, valid, spurious)
+    _check_terms(target_mask, spurious, form)
+    layers = as_layers(weights)
+    valid = check_valid(valid, layers[0])
+    masks = {"target_mask": target_mask, "spurious": spurious}
+    sets = {name: degrees(name, mask, valid, layers[0]) for name, mask in masks.items() if mask is not None}
     with torch.autocast(layers[0].device.type, enabled=False):
-        costs = [_layer_cost(layer, sets, form, queries) for layer in layers]
-        seen = torch.stack([counts for _, counts in costs])  # (layers, batch)
-        cost = torch.stack([cost for cost, _ in costs]).sum(dim=0) / seen.sum(dim=0).clamp(min=1)[:, None]
-        annotated = sets.present & seen.any(dim=0)[:, None]
-        cost = torch.where(annotated, cost, 0.0)  # (batch, terms)
-        if reduction == "none":
-            return cost.sum(dim=1)
-        if reduction == "sum":
-            return cost.sum()
-        return (cost.sum(dim=0) / annotated.sum(dim=0).clamp(min=1)).sum()
+        by_layer = [_layer_costs(layer, valid, sets, form, queries) for layer in layers]
+        terms = [
+            reduce_layers(costs, keys.member.sum(dim=1) > 0, reduction)
+            for costs, keys in zip(zip(*by_layer, strict=True), sets.values(), strict=True)
+        ]
+        return torch.stack(terms).sum(dim=0)
 
 
 class AttentionGuidedLoss(nn.Module):
     """Reward attention on relevant keys, suppress it on spurious ones; see :func:`attention_guidance`.
 
     Args:
-        form: ``"mass"`` or ``"log"``.
+        form: ``"mass"``, ``"log"``, ``"kl"``, ``"js"`` or ``"iou"``.
         queries: ``"all"`` rows or the ``"first"`` valid one.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -122,7 +133,7 @@ class AttentionGuidedLoss(nn.Module):
         >>> loss = guidance([scores.softmax(dim=-1)], spurious=torch.tensor([[0.0, 0.0, 1.0]]))
         >>> loss.backward()
         >>> loss
-        tensor(1., grad_fn=<SumBackward0>)
+        tensor(1., grad_fn=<SumBackward1>)
     """
 
     def __init__(self, form: str = "mass", queries: str = "all", reduction: str = "mean") -> None:
@@ -155,80 +166,47 @@ class AttentionGuidedLoss(nn.Module):
         return f"form={self.form!r}, queries={self.queries!r}, reduction={self.reduction!r}"
 
 
-class _KeySets(NamedTuple):
-    """Where attention is wanted: on relevant keys, on keys that are not spurious."""
-
-    valid: Tensor | None
-    features: Tensor  # (batch, keys, 1 + terms), the valid keys, then the wanted keys of each term
-    uniform: Tensor  # (batch, terms), share of a uniform row that falls on wanted keys
-    present: Tensor  # (batch, terms), True for samples that carry the annotation
-
-
-def _as_layers(weights: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    layers = [weights] if isinstance(weights, Tensor) else list(weights)
-    if not layers:
-        raise ValueError("`weights` holds no layer: the model returned no attention weights. Capture them instead.")
-    for index, layer in enumerate(layers):
-        if not isinstance(layer, Tensor):
-            raise TypeError(f"`weights[{index}]` must be a tensor, got {type(layer).__name__}.")
-        if layer.dim() != 4:
-            shape = tuple(layer.shape)
-            raise ValueError(f"`weights[{index}]` must have 4 axes (batch, heads, queries, keys), got shape {shape}.")
-        check_shape(f"weights[{index}]", layer[:, 0, 0], (layers[0].shape[0], layers[0].shape[3]), "(batch, keys)")
-    return layers
-
-
-def _key_sets(layer: Tensor, target_mask: Tensor | None, valid: Tensor | None, spurious: Tensor | None) -> _KeySets:
+def _check_terms(target_mask: Tensor | None, spurious: Tensor | None, form: str) -> None:
     if target_mask is None and spurious is None:
         raise ValueError("Nothing to guide by: pass `target_mask` to reward keys, or `spurious` to suppress keys.")
-    batch_keys, dtype = (layer.shape[0], layer.shape[3]), accumulation_dtype(layer)
-    if valid is not None:
-        check_shape("valid", valid, batch_keys, "(batch, keys)")
-        valid = valid != 0
-    real = layer.new_ones(batch_keys, dtype=dtype) if valid is None else valid.to(dtype)
-    columns, present = [real], []
-    for name, mask in (("target_mask", target_mask), ("spurious", spurious)):
-        if mask is not None:
-            check_shape(name, mask, batch_keys, "(batch, keys)")
-            check_within(name, mask, 0, 1)
-            degree = mask.to(dtype) * real
-            columns.append(degree if name == "target_mask" else real - degree)
-            present.append(degree.sum(dim=1) > 0)
-    features = torch.stack(columns, dim=-1)
-    sums = features.sum(dim=1)  # (batch, 1 + terms)
-    return _KeySets(valid, features, sums[:, 1:] / sums[:, :1].clamp(min=1), torch.stack(present, dim=-1))
+    if spurious is not None and form not in MASS_FORMS:
+        forms = " or ".join(f"form={name!r}" for name in MASS_FORMS)
+        raise ValueError(f"`spurious` needs {forms}, got form={form!r}, which takes `target_mask` alone.")
 
 
-def _layer_cost(layer: Tensor, sets: _KeySets, form: str, queries: str) -> tuple[Tensor, Tensor]:
-    """Return each sample's mean cost ``(batch, terms)``, and whether it has any row, ``(batch,)``."""
-    floor = _FLOOR_HALF if layer.dtype == torch.float16 else _FLOOR
-    rows, kept = _pick_rows(layer, sets.valid, queries)
-    sums = rows.to(sets.features.dtype) @ sets.features[:, None]  # (batch, heads, rows, 1 + terms)
-    total = sums[..., :1]
-    hit = sums[..., 1:] / total.clamp(min=_EMPTY_ROW)  # mass on the wanted keys
-    if form == "mass":
-        cost = 1 - hit
+def _layer_costs(
+    layer: Tensor, valid: Tensor | None, sets: dict[str, Degrees], form: str, queries: str
+) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each set, every sample's mean cost ``(batch,)`` and whether it has any row ``(batch,)``."""
+    rows, real = _pick_rows(layer, valid, queries)
+    if form in DISTRIBUTION_FORMS:
+        cost, total = divergence(rows, valid, sets["target_mask"], form)
+        costs = [cost]
     else:
-        uniform = _surprise(sets.uniform, floor)
-        cost = _surprise(hit, floor) / torch.where(uniform > _FLOOR, uniform, 1.0)[:, None, None]
-    counted = total > _EMPTY_ROW  # (batch, heads, rows, 1)
-    if kept is not None:
-        counted = counted & kept[:, None, :, None]
-    count = counted.sum(dim=(1, 2))  # (batch, 1)
-    return torch.where(counted, cost, 0.0).sum(dim=(1, 2)) / count.clamp(min=1), count[:, 0] > 0
+        costs, total = _mass_costs(rows, sets, form)
+    counted = total > EMPTY_ROW if real is None else (total > EMPTY_ROW) & real
+    return [layer_mean(cost, counted) for cost in costs]
+
+
+def _mass_costs(rows: Tensor, sets: dict[str, Degrees], form: str) -> tuple[list[Tensor], Tensor]:
+    """Return the cost of each row for each set, and the sum of each row, all ``(batch, heads, rows)``."""
+    real = next(iter(sets.values())).real
+    wanted = [keys.member if name == "target_mask" else real - keys.member for name, keys in sets.items()]
+    hits, total = mass(rows, real, *wanted)
+    if form == "mass":
+        return [1 - hit for hit in hits], total
+    floor, count = smallest(rows), real.sum(dim=1).clamp(min=1)
+    uniform = [surprise(keys.sum(dim=1) / count, floor) for keys in wanted]  # what a uniform row costs, (batch,)
+    units = [torch.where(cost > FLOOR, cost, 1.0)[:, None, None] for cost in uniform]
+    return [surprise(hit, floor) / unit for hit, unit in zip(hits, units, strict=True)], total
 
 
 def _pick_rows(layer: Tensor, valid: Tensor | None, queries: str) -> tuple[Tensor, Tensor | None]:
     """Return the rows to guide, ``(batch, heads, rows, keys)``, and which of them are real tokens."""
-    padded = valid is not None and layer.shape[2] == layer.shape[3]
+    real = real_rows(layer, valid)
     if queries == "all":
-        return layer, valid if padded else None
-    if not padded or valid is None:
+        return layer, real
+    if real is None:
         return layer[:, :, :1], None
-    first = valid.int().argmax(dim=1)  # not row 0 where padding stands on the left
+    first = real[:, 0].int().argmax(dim=1)  # not row 0 where padding stands on the left
     return layer[torch.arange(len(first), device=first.device), :, first].unsqueeze(2), None
-
-
-def _surprise(hit: Tensor, floor: float) -> Tensor:
-    """Return ``-log(hit)``, finite at zero with a gradient there, and exactly zero at one."""
-    return -torch.log(floor + (1 - floor) * hit)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from losses._checks import REDUCTIONS, at_least, check_weight_values, one_of
 from losses._state import allow_missing_state
 
-__all__ = ["ClassificationLoss", "Weights"]
+__all__ = ["ClassificationLoss", "Weights", "class_number", "shown_counts"]
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
@@ -117,3 +117,19 @@ class ClassificationLoss(nn.Module):
         if self.num_classes is None:
             return None
         return torch.ones(self.num_classes if self.num_groups is None else (self.num_groups, self.num_classes))
+
+
+def class_number(class_weight: Weights | None) -> int | None:
+    """Return the number of classes that ``class_weight`` has weights for."""
+    if class_weight is None:
+        return None
+    shape = torch.as_tensor(class_weight).shape
+    if len(shape) not in (1, 2):
+        raise ValueError(f"`class_weight` must have shape (classes,) or (groups, classes), got {tuple(shape)}.")
+    return shape[-1]
+
+
+def shown_counts(counts: Sequence[float]) -> str:
+    """Return the counts of classes as a list to read, shortened where there are many classes."""
+    shown = [f"{count:.15g}" for count in counts]
+    return f"[{', '.join(shown if len(shown) <= 8 else [*shown[:7], '...'])}]"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, in_range, one_of
 
-__all__ = ["check_class_indices", "check_logits", "classification_loss", "reduce"]
+__all__ = ["check_class_indices", "check_logits", "classification_loss", "reduce", "weigh_targets", "weight_table"]
 
 Modulation = Callable[[Tensor], Tensor]
 
@@ -61,7 +61,7 @@ def classification_loss(
     one_of("reduction", reduction, REDUCTIONS)
     in_range("label_smoothing", label_smoothing, 0, 1)
     check_logits(logits)
-    table = _weight_table(class_weight, group, *logits.shape[:2])
+    table = weight_table(class_weight, group, *logits.shape[:2])
     scores = F.log_softmax(logits, dim=1, dtype=accumulation_dtype(logits))
     if target.is_floating_point():
         check_shape("target", target, logits.shape, "of `logits`")
@@ -119,16 +119,22 @@ def check_class_indices(logits: Tensor, target: Tensor, ignore_index: int = -100
         TypeError: If ``target`` holds booleans or floating values.
     """
     samples, classes = logits.shape[:2]
-    check_shape("target", target, (samples, *logits.shape[2:]), "(samples, positions...)")
-    if target.dtype == torch.bool or target.is_floating_point():
+    if isinstance(target, Tensor) and (target.dtype == torch.bool or target.is_floating_point()):
         raise TypeError(f"`target` must hold integer class indices, got {target.dtype}.")
+    check_shape("target", target, (samples, *logits.shape[2:]), "(samples, positions...)")
     target = target.long()
     check_within("target", target, 0, classes - 1, skip=ignore_index)
     return target
 
 
-def _weight_table(class_weight: Tensor | None, group: Tensor | None, samples: int, classes: int) -> Tensor | None:
-    """Return the weights of each sample, ``(samples or 1, classes)``, or ``None`` for no weights."""
+def weight_table(class_weight: Tensor | None, group: Tensor | None, samples: int, classes: int) -> Tensor | None:
+    """Return the weights of each sample, ``(samples or 1, classes)``, or ``None`` for no weights.
+
+    Raises:
+        ValueError: If a shape does not fit, ``class_weight`` has rows for groups but ``group`` is missing, or (checked
+            on the CPU only) a group index is out of range.
+        TypeError: If ``group`` holds booleans or floating values.
+    """
     if group is not None:
         check_shape("group", group, (samples,), "(samples,)")
         if group.is_floating_point() or group.dtype == torch.bool:
@@ -148,6 +154,25 @@ def _weight_table(class_weight: Tensor | None, group: Tensor | None, samples: in
     return class_weight.index_select(0, group)  # indexing would let a negative group wrap around on a GPU
 
 
+def weigh_targets(losses: Tensor, target: Tensor, counted: Tensor, table: Tensor | None) -> Tensor:
+    """Multiply each loss by the weight of its target class.
+
+    Args:
+        losses: Loss of every sample (and position); zero where it does not count.
+        target: Class indices.
+        counted: ``False`` where ``target`` is to be ignored.
+        table: What :func:`weight_table` returned.
+
+    Shape:
+        - losses, target, counted, output: ``(samples, positions...)``
+    """
+    if table is None:
+        return losses
+    index = torch.where(counted, target, 0).reshape(len(target), math.prod(target.shape[1:]))
+    weight = table.expand(len(target), -1).gather(1, index).reshape(target.shape)
+    return losses * weight.to(losses.dtype)
+
+
 def _hard_losses(
     scores: Tensor, target: Tensor, table: Tensor | None, ignore_index: int, modulate: Modulation | None
 ) -> tuple[Tensor, Tensor]:
@@ -157,11 +182,7 @@ def _hard_losses(
     losses = F.nll_loss(scores, target, reduction="none", ignore_index=ignore_index)
     if modulate is not None:
         losses = losses * modulate(-losses)
-    if table is None:
-        return losses, counted
-    index = torch.where(counted, target, 0).reshape(len(target), math.prod(target.shape[1:]))
-    weight = table.expand(scores.shape[:2]).gather(1, index).reshape(target.shape)
-    return losses * weight.to(losses.dtype), counted
+    return weigh_targets(losses, target, counted, table), counted
 
 
 def _soft_losses(scores: Tensor, target: Tensor, table: Tensor | None, modulate: Modulation | None) -> Tensor:

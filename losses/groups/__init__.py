@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from losses.groups.cvar import CVaRLoss, cvar_loss
+from losses.groups.group_dro import GroupDROLoss, group_dro_loss
+from losses.groups.worst_group import WorstGroupLoss, worst_group_loss
+
+__all__ = [
+    "CVaRLoss",
+    "GroupDROLoss",
+    "WorstGroupLoss",
+    "cvar_loss",
+    "group_dro_loss",
+    "worst_group_loss",
+]

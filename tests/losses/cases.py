@@ -21,6 +21,7 @@ class Case(NamedTuple):
             loss must be a finite zero with a gradient; ``None`` if there is no such thing for this module.
         compiles: The module compiles without a graph break; else the reason is the value.
         half: The module takes inputs in half precision; else the reason is the value.
+        gpu: A GPU gives what the CPU gives; else the reason is the value, such as noise drawn on the device.
     """
 
     build: Callable[[], nn.Module]
@@ -28,3 +29,4 @@ class Case(NamedTuple):
     empty: Callable[[], Arguments] | None = None
     compiles: bool | str = True
     half: bool | str = True
+    gpu: bool | str = True

@@ -142,7 +142,7 @@ def test_half_precision_is_close_to_single(case: Case, dtype: torch.dtype) -> No
 
 
 @pytest.mark.gpu
-@every
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.gpu is True])
 def test_a_gpu_gives_what_the_cpu_gives(case: Case) -> None:
     arguments = drawn(case)
     expected = call(case.build(), arguments)

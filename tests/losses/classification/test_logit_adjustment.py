@@ -1,0 +1,193 @@
+"""Logit adjustment and balanced softmax against plain numpy, their equality, and a shift that changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from losses.classification import (
+    BalancedSoftmaxLoss,
+    LogitAdjustedLoss,
+    WeightedCrossEntropyLoss,
+    adjust_logits,
+    log_prior,
+    logit_adjusted_loss,
+)
+
+GENERATOR = torch.Generator().manual_seed(23)
+COUNTS = [500, 40, 3, 1]
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def labels(high, *shape):
+    return torch.randint(high, shape, generator=GENERATOR)
+
+
+def balanced_softmax(logits, target, counts):
+    """The paper's probability, each exponential times its count, one at a time in float64."""
+    losses = np.zeros(target.shape)
+    for where in np.ndindex(*target.shape):
+        exponentials = counts * np.exp(logits[(where[0], slice(None), *where[1:])].astype(np.float64))
+        losses[where] = -np.log(exponentials[target[where]] / exponentials.sum())
+    return losses
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("positions", [(), (3,), (2, 3)])
+def test_against_loops(tau, positions):
+    logits, target = randn(5, 4, *positions), labels(4, 5, *positions)
+    frequency = np.array(COUNTS, dtype=np.float64) / sum(COUNTS)
+    expected = balanced_softmax(logits.numpy(), target.numpy(), frequency**tau)
+    given = LogitAdjustedLoss(COUNTS, tau, reduction="none")(logits, target)
+    np.testing.assert_allclose(given.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert LogitAdjustedLoss(COUNTS, tau)(logits, target).item() == pytest.approx(expected.mean(), rel=1e-4)
+
+
+def test_balanced_softmax_is_that_of_the_paper_and_logit_adjustment_at_one():
+    logits, target = randn(5, 4, 2), labels(4, 5, 2)
+    target[0, 0] = 3
+    given = BalancedSoftmaxLoss(COUNTS, reduction="none")(logits, target)
+    expected = balanced_softmax(logits.numpy(), target.numpy(), np.array(COUNTS, dtype=np.float64))
+    np.testing.assert_allclose(given.numpy(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(given, LogitAdjustedLoss(COUNTS, tau=1.0, reduction="none")(logits, target))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+def test_tau_zero_or_equal_counts_are_cross_entropy(smoothing, reduction, soft):
+    logits = randn(6, 4, 3)
+    target = randn(6, 4, 3).softmax(1) if soft else labels(4, 6, 3)
+    if not soft:
+        target[0] = -100
+    settings = {"label_smoothing": smoothing, "reduction": reduction}
+    expected = F.cross_entropy(logits, target, **settings)
+    torch.testing.assert_close(LogitAdjustedLoss(COUNTS, 0.0, **settings)(logits, target), expected)
+    torch.testing.assert_close(BalancedSoftmaxLoss([7, 7, 7, 7], **settings)(logits, target), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_it_is_cross_entropy_of_shifted_logits(smoothing):
+    logits, target, table, group = randn(6, 4, 2), labels(4, 6, 2), torch.rand(2, 4), labels(2, 6)
+    target[0, 1] = -100
+    weight, adjustment = torch.rand(6), randn(4)
+    arguments = {"class_weight": table, "group": group, "sample_weight": weight}
+    plain = WeightedCrossEntropyLoss(4, num_groups=2, label_smoothing=smoothing)
+    expected = plain(logits + adjustment[:, None], target, **arguments)
+    given = logit_adjusted_loss(logits, target, adjustment=adjustment, label_smoothing=smoothing, **arguments)
+    torch.testing.assert_close(given, expected)
+
+
+def test_first_and_second_derivatives():
+    logits, target = randn(4, 3, 2).double().requires_grad_(), labels(3, 4, 2)
+    target[0] = -100
+    soft, adjustment = randn(4, 3, 2).double().softmax(1), log_prior([9, 3, 1]).double()
+    weight = torch.rand(3).double()
+    for labels_or_soft in (target, soft):
+
+        def loss(scores, labels_or_soft=labels_or_soft):
+            return logit_adjusted_loss(scores, labels_or_soft, adjustment=adjustment, class_weight=weight)
+
+        assert torch.autograd.gradcheck(loss, (logits,))
+        assert torch.autograd.gradgradcheck(loss, (logits,))
+
+
+def test_a_learned_adjustment_gets_its_gradient():
+    logits, target, adjustment = randn(4, 3).double(), labels(3, 4), randn(3).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: logit_adjusted_loss(logits, target, adjustment=a), (adjustment,))
+
+
+def test_an_empty_class_has_a_finite_prior_and_changes_no_other():
+    """The log of its count would be minus infinity: NaN as soon as it is a target, or is smoothed."""
+    torch.testing.assert_close(log_prior([90, 0, 10]), torch.tensor([0.9, 0.01, 0.1]).log())
+    torch.testing.assert_close(log_prior([0.9, 0.0, 0.1]), torch.tensor([0.9, 0.1, 0.1]).log())  # shares
+    logits = randn(2, 3).requires_grad_()
+    for criterion in (LogitAdjustedLoss([90, 0, 10], label_smoothing=0.1), BalancedSoftmaxLoss([90, 0, 10])):
+        loss = criterion(logits, torch.tensor([0, 1]))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_post_hoc_adjustment_divides_by_the_prior(positions):
+    logits = randn(5, 4, *positions)
+    probabilities = logits.softmax(1).numpy() / (np.array(COUNTS) ** 1.5).reshape(4, *[1] * len(positions))
+    expected = probabilities / probabilities.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(adjust_logits(logits, COUNTS, 1.5).softmax(1).numpy(), expected, rtol=1e-4)
+    torch.testing.assert_close(adjust_logits(logits, COUNTS, tau=0.0), logits)
+
+
+def test_the_loss_undoes_the_post_hoc_adjustment():
+    logits, target = randn(5, 4), labels(4, 5)
+    loss = LogitAdjustedLoss(COUNTS, 0.7)(adjust_logits(logits, COUNTS, 0.7), target)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target))
+
+
+def test_a_controller_of_margins_sets_the_adjustment_in_place():
+    criterion, logits, target = LogitAdjustedLoss(COUNTS), randn(6, 4).requires_grad_(), labels(4, 6)
+    address = criterion.adjustment.data_ptr()
+    loss = criterion(logits, target)
+    with torch.inference_mode():  # where a validation hook runs
+        criterion.set_adjustment((log_prior(COUNTS) - torch.tensor([1.0, 2.0, 3.0, 4.0]).log()).tolist())
+    loss.backward()
+    assert criterion.adjustment.data_ptr() == address
+    weights = torch.tensor(COUNTS) / torch.tensor([1.0, 2.0, 3.0, 4.0])
+    expected = balanced_softmax(logits.detach().numpy(), target.numpy(), weights.numpy()).mean()
+    assert criterion(logits, target).item() == pytest.approx(expected, rel=1e-4)
+    other = LogitAdjustedLoss([1, 1, 1, 1])
+    other.load_state_dict(criterion.state_dict())
+    torch.testing.assert_close(other(logits, target), criterion(logits, target))
+
+
+def test_refused_values_leave_the_old_ones():
+    criterion = LogitAdjustedLoss([1, 1])
+    with pytest.raises(ValueError, match=r"`values` must be finite, got -inf"):
+        criterion.set_adjustment([1.0, -float("inf")])
+    with pytest.raises(ValueError, match=r"`values` must have shape \(classes,\) = \(2,\), got \(3,\)"):
+        criterion.set_adjustment([1.0, 2.0, 3.0])
+    assert criterion.adjustment.tolist() == pytest.approx([np.log(0.5)] * 2)
+
+
+def test_class_weights_start_at_one_and_multiply():
+    criterion, logits, target = BalancedSoftmaxLoss(COUNTS), randn(6, 4), labels(4, 6)
+    plain = criterion(logits, target)
+    criterion.set_class_weight([3.0, 3.0, 3.0, 3.0])
+    torch.testing.assert_close(criterion(logits, target), 3 * plain)
+
+
+def test_repr_builds_it_again():
+    expected = "LogitAdjustedLoss([3, 1], tau=0.5, label_smoothing=0.0, reduction='mean', ignore_index=-100)"
+    assert repr(LogitAdjustedLoss([3, 1], tau=0.5)) == expected
+    expected = "BalancedSoftmaxLoss([3, 1], label_smoothing=0.0, reduction='mean', ignore_index=-100)"
+    assert repr(BalancedSoftmaxLoss([3, 1])) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tau": -1.0}, r"`tau` must be a finite number, at least 0, got -1.0"),
+        ({"class_counts": [0, 0]}, r"`class_counts` must have a class with samples, got zeros only"),
+        ({"label_smoothing": 1.5}, r"`label_smoothing` must be a finite number, between 0 and 1, got 1.5"),
+    ],
+)
+def test_construction_checks(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LogitAdjustedLoss(**{"class_counts": [9, 1], **arguments})
+
+
+def test_call_checks():
+    logits, target = torch.zeros(1, 3), torch.tensor([0])
+    with pytest.raises(ValueError, match=r"`adjustment` must have shape \(classes,\) = \(3,\), got \(2,\)"):
+        logit_adjusted_loss(logits, target, adjustment=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"`class_counts` must have shape \(classes,\) = \(3,\), got \(2,\)"):
+        adjust_logits(logits, [1, 2])
+    with pytest.raises(ValueError, match=r"`target` must lie between 0 and 2, got -1"):
+        logit_adjusted_loss(logits, torch.tensor([-1]), adjustment=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"`label_smoothing` must be a finite number, between 0 and 1, got -1"):
+        logit_adjusted_loss(logits, target, adjustment=torch.zeros(3), label_smoothing=-1)
