@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ Arms = dict[str, Callable[[], object]]
 
 SAMPLES, CLASSES, GROUPS = 4096, 1000, 4
 BATCH, HEADS, TOKENS = 8, 12, 256
-BALANCERS = ("UncertaintyWeighting", "DynamicWeightAverage", "RandomLossWeighting")
 
 
 def classification(device: str) -> Arms:
@@ -44,19 +44,13 @@ def classification(device: str) -> Arms:
         "GroupDROLoss": losses.GroupDROLoss(GROUPS),
         "WorstGroupLoss": losses.WorstGroupLoss(GROUPS),
     }
-    arms: Arms = {"F.cross_entropy": trained(lambda: F.cross_entropy(logits, target), logits)}
-    for name, loss in plain.items():
-        arms[name] = trained(lambda loss=loss.to(device): loss(logits, target), logits)
-    for name, loss in grouped.items():
-        arms[name] = trained(lambda loss=loss.to(device): loss(logits, target, group=group), logits)
     multi = F.one_hot(target, CLASSES).float()
-    arms["binary cross entropy, multi-label"] = trained(
-        lambda: F.binary_cross_entropy_with_logits(logits, multi), logits
-    )
-    arms["SigmoidFocalLoss, multi-label"] = trained(
-        lambda loss=losses.SigmoidFocalLoss().to(device): loss(logits, multi), logits
-    )
-    return arms
+    calls: dict[str, Callable[[], Tensor]] = {"F.cross_entropy": lambda: F.cross_entropy(logits, target)}
+    calls |= {name: partial(loss.to(device), logits, target) for name, loss in plain.items()}
+    calls |= {name: partial(loss.to(device), logits, target, group=group) for name, loss in grouped.items()}
+    calls["F.binary_cross_entropy, multi-label"] = lambda: F.binary_cross_entropy_with_logits(logits, multi)
+    calls["SigmoidFocalLoss, multi-label"] = partial(losses.SigmoidFocalLoss(), logits, multi)
+    return {name: trained(loss, logits) for name, loss in calls.items()}
 
 
 def attention(device: str) -> Arms:
@@ -69,8 +63,7 @@ def attention(device: str) -> Arms:
         "reading the weights twice": lambda: weights.sum(dim=-1).mean() + weights.sum(dim=-1).mean()
     }
     for form in ("mass", "log", "kl", "js", "iou"):
-        loss = losses.AttentionGuidedLoss(form)
-        calls[f"AttentionGuidedLoss, {form}"] = lambda loss=loss: loss(weights, mask)
+        calls[f"AttentionGuidedLoss, {form}"] = partial(losses.AttentionGuidedLoss(form), weights, mask)
     calls |= {
         "AttentionSuppressionLoss": lambda: losses.attention_suppression(weights, mask),
         "AttentionEntropyLoss": lambda: losses.attention_entropy(weights),
@@ -81,12 +74,11 @@ def attention(device: str) -> Arms:
     }
     logits = torch.randn(SAMPLES, CLASSES, device=device).requires_grad_()
     target = torch.randint(CLASSES, (SAMPLES,), device=device)
-    arms: Arms = {}
-    for name, loss in calls.items():
-        arms[f"{name}: forward"] = looked_at(loss, weights)
-    for name, loss in calls.items():
-        arms[f"{name}: both"] = trained(loss, weights)
-    return {**arms, "F.cross_entropy (4096, 1000): both": trained(lambda: F.cross_entropy(logits, target), logits)}
+    return {
+        **{f"{name}: forward": looked_at(loss, weights) for name, loss in calls.items()},
+        **{f"{name}: both": trained(loss, weights) for name, loss in calls.items()},
+        "F.cross_entropy (4096, 1000): both": trained(lambda: F.cross_entropy(logits, target), logits),
+    }
 
 
 def steps(device: str) -> Arms:
@@ -99,7 +91,6 @@ def steps(device: str) -> Arms:
     bias_logits = torch.randn(256, 10, device=device)
     penalty, prior = losses.InputGradientPenalty().to(device), losses.LearnedMixinLoss(256).to(device)
     elastic, lasso = losses.ElasticNetPenalty(1e-4, 1e-4), losses.GroupLassoPenalty(1e-4)
-    balancers = {name: getattr(losses, name)(2).to(device) for name in BALANCERS}
     gradnorm = losses.GradNorm(2).to(device)
 
     def plain(x: Tensor) -> Tensor:
@@ -130,14 +121,20 @@ def steps(device: str) -> Arms:
         "VirtualAdversarialLoss": lambda: plain(inputs) + losses.VirtualAdversarialLoss()(model, inputs),
         "ProductOfExpertsLoss": lambda: losses.product_of_experts_loss(model(inputs), target, bias_logits),
         "LearnedMixinLoss": lambda: prior(model(inputs), target, bias_logits, inputs),
-        "two losses, added": lambda: sum(two(), torch.zeros((), device=device)),
+        "two losses, added": lambda: torch.stack(two()).sum(),
         "two losses, GradNorm": lambda: gradnorm(two(), model[2].weight),
     }
-    calls |= {f"two losses, {name}": lambda weigh=weigh: weigh(two()) for name, weigh in balancers.items()}
+    for name in ("UncertaintyWeighting", "DynamicWeightAverage", "RandomLossWeighting"):
+        calls[f"two losses, {name}"] = balanced(getattr(losses, name)(2).to(device), two)
     arms: Arms = {name: trained(loss, inputs, *model.parameters()) for name, loss in calls.items()}
     surgery = losses.GradientSurgery("upgrad")
     arms["two losses, GradientSurgery"] = lambda: surgery.backward(two(), model.parameters())
     return arms
+
+
+def balanced(weighting: nn.Module, losses_of_a_step: Callable[[], list[Tensor]]) -> Callable[[], Tensor]:
+    """Return the balanced loss of a step."""
+    return lambda: weighting(losses_of_a_step())
 
 
 def ensembles(device: str) -> Arms:

@@ -46,7 +46,7 @@ def in_range(name: str, value: float, low: float, high: float = math.inf) -> flo
     """Return ``value`` if it is a finite number in ``[low, high]``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (low <= value <= high and value != math.inf):  # a compiler cannot trace `math.isfinite`
         limits = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
         raise ValueError(f"`{name}` must be a finite number, {limits}, got {value}.")
     return value

@@ -1,4 +1,4 @@
-"""Project gradients so that they conflict with no task, by scipy: the solver that torchjd would take is under the GPL."""
+"""Project gradients so that they conflict with no task, by scipy: torchjd would take a solver under the GPL."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class RandomLossWeighting(LossWeighting):
         vector = loss_vector(losses, self.num_tasks)
         if not self.training:
             return vector.sum()
-        weight = random_loss_weights(self.scores[self.draws % _PERIOD])
+        weight = random_loss_weights(self.scores.index_select(0, self.draws.reshape(1) % _PERIOD)[0])
         self.weight.copy_(weight)
         self.draws.add_(1)
         return weighted_sum(vector, weight)
