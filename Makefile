@@ -37,9 +37,10 @@ format: $(INSTALLED) ## Format the code and cure what ruff can cure by itself
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 
-bench: $(INSTALLED) ## Measure what looking costs; takes minutes, wants a quiet machine
+bench: $(INSTALLED) ## Measure what looking and each loss cost; takes minutes, wants a quiet machine
 	@$(PY) -m benchmarks.capture
 	@$(PY) -m benchmarks.training
+	@$(PY) -m benchmarks.losses
 
 clean: ## Remove caches and build products; keeps .venv and runs
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -25,8 +25,8 @@ BATCH, HEADS, TOKENS = 8, 12, 256
 
 
 def classification(device: str) -> Arms:
-    """Losses of logits ``(4096, 1000)``."""
-    logits = torch.randn(SAMPLES, CLASSES, device=device).requires_grad_()
+    """Losses of logits ``(4096, 1000)``, which are cosines: LDAM scales them by 30."""
+    logits = (2 * torch.rand(SAMPLES, CLASSES, device=device) - 1).requires_grad_()
     target = torch.randint(CLASSES, (SAMPLES,), device=device)
     group = torch.randint(GROUPS, (SAMPLES,), device=device)
     counts = torch.randint(1, 5000, (CLASSES,)).tolist()

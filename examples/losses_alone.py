@@ -20,6 +20,7 @@ from losses import (
     GroupDROLoss,
     InputGradientPenalty,
     LogitAdjustedLoss,
+    MaskRandomization,
 )
 
 Step = Callable[[Any, Data], Tensor]
@@ -109,9 +110,9 @@ def misleading_colour(digits: Data) -> Task:
 
 
 def decoy(digits: Data) -> Task:
-    """The corner patch must not decide: punish its gradient, or attack it."""
+    """The corner patch must not decide: punish its gradient, attack it, or (the control) put noise in its place."""
     data, test = decoyed(digits.rows(slice(0, 1200)), False, 0), decoyed(digits.rows(slice(1200, None)), True, 9)
-    penalty, attack = InputGradientPenalty(), FGM(epsilon=1.0, norm="linf")
+    penalty, attack, noise = InputGradientPenalty(), FGM(epsilon=1.0, norm="linf"), MaskRandomization("uniform")
 
     def punished(model: Any, part: Data) -> Tensor:
         images = part.images.clone().requires_grad_()
@@ -123,7 +124,11 @@ def decoy(digits: Data) -> Task:
         worse = attack(lambda images: F.cross_entropy(model(images), part.target), part.images, part.mask)
         return (plain(model, part) + worse) / 2
 
-    arms: dict[str, Step] = {"F.cross_entropy": plain, "InputGradientPenalty": punished, "FGM on the decoy": attacked}
+    def randomised(model: Any, part: Data) -> Tensor:
+        return plain(model, part._replace(images=noise(part.images, part.mask)))
+
+    arms = {"F.cross_entropy": plain, "InputGradientPenalty": punished, "FGM on the decoy": attacked}
+    arms["control: MaskRandomization"] = randomised
     return Task("decoy, convolutional", convolutional, data, test, test.target, arms, 15, 32)
 
 
