@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from losses._checks import REDUCTIONS, at_least, check_weight_values, one_of
 from losses._state import allow_missing_state
 
-__all__ = ["ClassificationLoss", "Weights", "class_number", "shown_counts"]
+__all__ = ["ClassificationLoss", "Weights", "shown_counts"]
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
@@ -24,7 +24,7 @@ class ClassificationLoss(nn.Module):
     criterion that has none, such as ``nn.CrossEntropyLoss()``, still loads: a warning says so, and the weights stay.
 
     Args:
-        num_classes: Number of classes; ``None`` for a loss without class weights.
+        num_classes: Number of classes; ``None`` takes it from ``weight``, without which there are no class weights.
         weight: Initial weights; ``None`` means one everywhere. Weights by class are repeated for every group.
         num_groups: Number of groups with weights of their own; ``None`` keeps one weight per class.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -51,6 +51,8 @@ class ClassificationLoss(nn.Module):
         super().__init__()
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.ignore_index = ignore_index
+        if num_classes is None and weight is not None:
+            num_classes = _class_number(weight)
         self.num_classes = None if num_classes is None else at_least("num_classes", num_classes, 1)
         self.num_groups = None if num_groups is None else at_least("num_groups", num_groups, 1)
         self.register_buffer("class_weight", self._initial_weights())
@@ -119,10 +121,8 @@ class ClassificationLoss(nn.Module):
         return torch.ones(self.num_classes if self.num_groups is None else (self.num_groups, self.num_classes))
 
 
-def class_number(class_weight: Weights | None) -> int | None:
+def _class_number(class_weight: Weights) -> int:
     """Return the number of classes that ``class_weight`` has weights for."""
-    if class_weight is None:
-        return None
     shape = torch.as_tensor(class_weight).shape
     if len(shape) not in (1, 2):
         raise ValueError(f"`class_weight` must have shape (classes,) or (groups, classes), got {tuple(shape)}.")

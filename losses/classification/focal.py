@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losses._checks import in_range
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.classification._per_sample import Modulation, classification_loss
 
 __all__ = ["FocalLoss", "focal_loss"]
@@ -124,13 +124,7 @@ class FocalLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(
-            class_number(class_weight),
-            class_weight,
-            num_groups=num_groups,
-            reduction=reduction,
-            ignore_index=ignore_index,
-        )
+        super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
         self.gamma = in_range("gamma", gamma, 0)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, in_range, one_of
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.classification._per_sample import reduce, weight_table
 
 __all__ = ["SigmoidFocalLoss", "sigmoid_focal_loss"]
@@ -132,13 +132,7 @@ class SigmoidFocalLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(
-            class_number(class_weight),
-            class_weight,
-            num_groups=num_groups,
-            reduction=reduction,
-            ignore_index=ignore_index,
-        )
+        super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
         self.gamma = in_range("gamma", gamma, 0)
         self.alpha = None if alpha is None else in_range("alpha", alpha, 0, 1)
 

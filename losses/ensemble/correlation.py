@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losses._checks import accumulation_dtype, in_range
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.classification._per_sample import classification_loss, reduce
 from losses.ensemble._members import counted_targets, loss_weights, stack_members
 
@@ -133,13 +133,7 @@ class NegativeCorrelationLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(
-            class_number(class_weight),
-            class_weight,
-            num_groups=num_groups,
-            reduction=reduction,
-            ignore_index=ignore_index,
-        )
+        super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
         self.strength = in_range("strength", strength, 0)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:

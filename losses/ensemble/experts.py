@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losses._checks import accumulation_dtype, check_shape
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.classification._per_sample import check_logits, classification_loss
 
 __all__ = ["ProductOfExpertsLoss", "log_bias", "product_of_experts_loss"]
@@ -127,13 +127,7 @@ class ProductOfExpertsLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(
-            class_number(class_weight),
-            class_weight,
-            num_groups=num_groups,
-            reduction=reduction,
-            ignore_index=ignore_index,
-        )
+        super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
 
     def forward(  # type: ignore[override]  # the expert is no option, so it has no default
         self,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from losses._checks import at_least, check_shape, check_within, in_range
 from losses._state import allow_missing_state
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.classification._per_sample import classification_loss, reduce
 from losses.ensemble._members import counted_targets, loss_weights
 from losses.ensemble.experts import log_bias
@@ -146,13 +146,7 @@ class LearnedMixinLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(
-            class_number(class_weight),
-            class_weight,
-            num_groups=num_groups,
-            reduction=reduction,
-            ignore_index=ignore_index,
-        )
+        super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
         self.hidden_size = at_least("hidden_size", hidden_size, 1)
         self.entropy_penalty = in_range("entropy_penalty", entropy_penalty, 0)
         self.gate = nn.Linear(hidden_size, 1)

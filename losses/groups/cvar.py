@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losses._checks import REDUCTIONS, in_range, one_of
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.groups._per_group import sample_losses
 
 __all__ = ["CVaRLoss", "cvar_loss"]
@@ -128,13 +128,7 @@ class CVaRLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        super().__init__(
-            class_number(class_weight),
-            class_weight,
-            num_groups=num_groups,
-            reduction=reduction,
-            ignore_index=ignore_index,
-        )
+        super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
         self.alpha = _share(alpha)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losses._checks import REDUCTIONS, at_least, check_shape, check_weight_values, check_within, in_range, one_of
-from losses.classification._base import ClassificationLoss, Weights, class_number
+from losses.classification._base import ClassificationLoss, Weights
 from losses.groups._per_group import GroupLosses, group_losses, weighted_group_loss
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class GroupDROLoss(ClassificationLoss):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
-            class_number(class_weight),
+            None,
             class_weight,
             num_groups=at_least("num_groups", num_groups, 1),
             reduction=reduction,
