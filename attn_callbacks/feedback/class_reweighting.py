@@ -13,7 +13,7 @@ from attn_callbacks._checks import at_least, one_of
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback.base import Feedback
 from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
-from attn_callbacks.feedback.criterion import BUFFER, find_weighted_loss, weight_table
+from attn_callbacks.feedback.criterion import BUFFER, find_weighted_loss, release_weights, weight_table
 
 __all__ = ["ClassReweighting"]
 
@@ -27,7 +27,8 @@ class ClassReweighting(Feedback):
     After each validation pass the weights take one step of a controller: averaged recalls, a dead band, bounds, and a
     normalisation that keeps the scale of the loss (:func:`attn_callbacks.feedback.controller.control_step`). They are
     written in place into the buffer ``class_weight`` of the module's loss, such as
-    ``losses.WeightedCrossEntropyLoss``; they start from what that buffer holds.
+    ``losses.WeightedCrossEntropyLoss``; they start from what that buffer holds. The callback's state keeps them, and
+    the module's state dict no longer does: its checkpoints load into a module with a plain criterion.
 
     Changes training. Answers class bias, and with ``by="group"`` group bias; it cannot cure reliance on a spurious
     feature, and loses its effect once training accuracy reaches 1 (so stop early or regularise). It looks at validation
@@ -92,6 +93,7 @@ class ClassReweighting(Feedback):
             module: The LightningModule.
         """
         table = self._table(module)
+        release_weights(find_weighted_loss(module, self.criterion))
         if self._reference is not None and self._module is not module:
             self._state, self._updates = None, 0
         if self._state is None:

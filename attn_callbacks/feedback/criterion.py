@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ["BUFFER", "find_weighted_loss", "weight_table"]
+__all__ = ["BUFFER", "find_weighted_loss", "release_weights", "weight_table"]
 
 BUFFER = "class_weight"
 
@@ -45,6 +45,11 @@ def find_weighted_loss(module: nn.Module, path: str) -> nn.Module:
 def weight_table(loss: nn.Module) -> Tensor:
     """Return the buffer of a loss that :func:`find_weighted_loss` found. Never keep it: moving the loss replaces it."""
     return loss.get_buffer(BUFFER)
+
+
+def release_weights(loss: nn.Module) -> None:
+    """Take the buffer of a loss out of its state dict: whoever steers the weights from now on keeps them."""
+    loss.register_buffer(BUFFER, weight_table(loss), persistent=False)
 
 
 def _weighted(module: nn.Module) -> dict[str, nn.Module]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback import ClassReweighting, Feedback
-from losses import WeightedCrossEntropyLoss
+from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss
 
 CLASSES = ("negative", "positive")
 GROUPS = ("Amazon", "Tweets")
@@ -426,3 +426,12 @@ def test_answers_and_repr():
 def test_feedback_needs_apply():
     with pytest.raises(TypeError, match="abstract"):
         Feedback()
+
+
+def test_steered_weights_leave_the_state_dict_and_all_else_stays():
+    steered, fresh = Module(LogitAdjustedLoss([90, 10])), Module(LogitAdjustedLoss([50, 50]))
+    bound(steered)
+    assert "criterion.class_weight" not in steered.state_dict()
+    with pytest.warns(UserWarning, match=r"lacks state of LogitAdjustedLoss \(criterion.class_weight\)"):
+        fresh.load_state_dict(steered.state_dict(), strict=True)
+    torch.testing.assert_close(fresh.criterion.adjustment, steered.criterion.adjustment)

@@ -202,7 +202,7 @@ def test_a_checkpoint_of_plain_cross_entropy_still_loads():
 
     plain, ours = Model(nn.CrossEntropyLoss()), Model(WeightedCrossEntropyLoss(2, weight=[1.0, 3.0]))
     saved = plain.state_dict()
-    with pytest.warns(UserWarning, match=r"holds no state of WeightedCrossEntropyLoss \(criterion.class_weight\)"):
+    with pytest.warns(UserWarning, match=r"lacks state of WeightedCrossEntropyLoss \(criterion.class_weight\)"):
         ours.load_state_dict(saved, strict=True)
     assert torch.equal(ours.layer.weight, plain.layer.weight)
     assert ours.criterion.class_weight.tolist() == [1.0, 3.0]

@@ -141,7 +141,7 @@ def test_masks_and_weights_survive_the_state_dict():
 
 def test_a_checkpoint_of_a_plain_criterion_loads():
     criterion = EnsembleLoss([nn.CrossEntropyLoss()] * 2, masks=MASKS)
-    with pytest.warns(UserWarning, match="holds no state of EnsembleLoss"):
+    with pytest.warns(UserWarning, match="lacks state of EnsembleLoss"):
         criterion.load_state_dict(nn.CrossEntropyLoss().state_dict(), strict=True)
     assert criterion.masks.tolist() == [[bool(bit) for bit in mask] for mask in MASKS]
 

@@ -144,7 +144,7 @@ def test_a_checkpoint_of_a_plain_criterion_loads():
     model = nn.ModuleDict({"head": nn.Linear(5, 3), "criterion": LearnedMixinLoss(5, class_weight=[1.0, 2.0, 3.0])})
     plain = nn.ModuleDict({"head": nn.Linear(5, 3), "criterion": nn.CrossEntropyLoss()})
     before = model["criterion"].gate.weight.clone()
-    with pytest.warns(UserWarning, match="holds no state"):
+    with pytest.warns(UserWarning, match="lacks state"):
         model.load_state_dict(plain.state_dict(), strict=True)
     torch.testing.assert_close(model["criterion"].gate.weight, before)
     torch.testing.assert_close(model["head"].weight, plain["head"].weight)
