@@ -20,8 +20,8 @@ class ClassificationLoss(nn.Module):
     """Base of the classification losses: a subclass says in ``_loss`` which function it calls.
 
     Class weights live in the buffer ``class_weight``, which :meth:`set_class_weight` changes in place: a compiled step
-    is not compiled again, and distributed copies stay valid. They are part of the state dict. A checkpoint
-    without them, such as one of ``nn.CrossEntropyLoss()``, still loads: a warning says so, and the weights stay.
+    is not compiled again, and distributed copies stay valid. They are part of the state dict. A checkpoint without
+    them, such as one of ``nn.CrossEntropyLoss()``, still loads: a warning says so, and the weights stay.
 
     Args:
         num_classes: Number of classes; ``None`` takes it from ``weight``, without which there are no class weights.
