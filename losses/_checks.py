@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
@@ -14,7 +15,9 @@ __all__ = [
     "accumulation_dtype",
     "at_least",
     "check_shape",
+    "check_tensor",
     "check_weight_values",
+    "check_weights",
     "check_within",
     "class_counts_tensor",
     "in_range",
@@ -35,21 +38,29 @@ def one_of(name: str, value: Value, allowed: Collection[Value]) -> Value:
 
 def at_least(name: str, value: int, low: int) -> int:
     """Return ``value`` if it is a whole number not below ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be a whole number, got {value!r}.")
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
-    return value
+    return int(value)
 
 
-def in_range(name: str, value: float, low: float, high: float = math.inf) -> float:
-    """Return ``value`` if it is a finite number in ``[low, high]``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def in_range(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """Return ``value`` if it is a finite number in ``[low, high]``, or with ``above`` in ``(low, high]``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not (low <= value <= high and value != math.inf):  # a compiler cannot trace `math.isfinite`
-        limits = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+    # a compiler cannot trace `math.isfinite`
+    if not (low <= value <= high and value != math.inf) or (above and value == low):
+        lower = f"above {low}" if above else f"at least {low}"
+        limits = lower if math.isinf(high) else f"above {low}, up to {high}" if above else f"between {low} and {high}"
         raise ValueError(f"`{name}` must be a finite number, {limits}, got {value}.")
-    return value
+    return value if isinstance(value, int | float) else float(value)
+
+
+def check_tensor(name: str, value: object, advice: str = "") -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}. {advice}".rstrip())
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], axes: str) -> None:
@@ -60,19 +71,27 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int], axes: str) -
         raise ValueError(f"`{name}` must have shape {axes} = {tuple(expected)}, got {tuple(tensor.shape)}.")
 
 
-def check_within(name: str, tensor: Tensor, low: float, high: float, skip: int | None = None) -> None:
-    """Raise if a value lies outside ``[low, high]``, or is NaN, and is not ``skip``.
+def check_within(name: str, tensor: Tensor, low: float, high: float, skip: int | None = None, advice: str = "") -> None:
+    """Raise if a value lies outside ``[low, high]``, or is NaN, and is not ``skip``; ``advice`` says what to do then.
 
-    Looks at values on the CPU only: on an accelerator it would make every step wait for the device, and while compiling
-    it would break the graph.
+    Looks at values on the CPU only: on an accelerator it would make every step wait for the device, while compiling it
+    would break the graph, and inside a transform of ``torch.func`` there are no values to look at.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
     bad = ~((tensor >= low) & (tensor <= high))
     if skip is not None:
         bad &= tensor != skip
-    if bool(bad.any()):
-        raise ValueError(f"`{name}` must lie between {low} and {high}, got {tensor[bad][0].item()}.")
+    if _any(bad):
+        limits = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+        raise ValueError(f"`{name}` must {limits}, got {tensor[bad][0].item()}. {advice}".rstrip())
+
+
+def check_weights(name: str, weight: Tensor) -> None:
+    """Raise if a weight is negative, infinite or NaN; looks at the CPU only, as :func:`check_within`."""
+    if weight.is_floating_point():
+        limits = 0, torch.finfo(weight.dtype).max
+        check_within(name, weight.detach(), *limits, advice="Weights are finite and not negative; zero leaves out.")
 
 
 def check_weight_values(name: str, weight: Tensor) -> None:
@@ -96,3 +115,11 @@ def class_counts_tensor(class_counts: Tensor | Sequence[float]) -> Tensor:
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Return float32 for half precision, else the tensor's own floating dtype."""
     return torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+
+
+def _any(bad: Tensor) -> bool:
+    """Return whether any value is bad; not told inside ``torch.func.vmap``, where values cannot be read."""
+    try:
+        return bool(bad.any())
+    except RuntimeError:
+        return False

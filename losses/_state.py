@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["allow_missing_state"]
+from losses._checks import accumulation_dtype
+
+__all__ = ["StatefulLoss", "allow_missing_state"]
+
+
+class StatefulLoss(nn.Module):
+    """Base of the losses with state: it is learned in training only, kept in float32, and a checkpoint may lack it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        allow_missing_state(self)
+
+    @property
+    def learning(self) -> bool:
+        """Whether a call may change the state: in training mode, and with gradients, so not in a validation loop."""
+        return self.training and torch.is_grad_enabled()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point():  # half precision would lose small steps, large sums
+                self._buffers[name] = buffer.to(accumulation_dtype(buffer))
+        return self
 
 
 def allow_missing_state(loss: nn.Module) -> None:

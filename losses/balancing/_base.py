@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losses._checks import accumulation_dtype, at_least, check_shape
-from losses._state import allow_missing_state
+from losses._state import StatefulLoss
 
 __all__ = ["EqualWeighting", "LossWeighting", "Losses", "check_scalar", "loss_vector", "positive", "weighted_sum"]
 
 Losses = Tensor | Sequence[Tensor]
 
 
-class LossWeighting(nn.Module):
+class LossWeighting(StatefulLoss):
     """Base of the weightings: holds the weights of the last call in training in a buffer, for a log.
 
     Args:
@@ -33,7 +33,6 @@ class LossWeighting(nn.Module):
         super().__init__()
         self.num_tasks = at_least("num_tasks", num_tasks, 1)
         self.register_buffer("weight", torch.ones(num_tasks))
-        allow_missing_state(self)
 
     def weights(self) -> Tensor:
         """Return a copy of the weights that the last call in training used, ``(tasks,)``."""

@@ -106,7 +106,7 @@ class DynamicWeightAverage(LossWeighting):
     def forward(self, losses: Losses) -> Tensor:
         """Return the weighted sum of the losses; in training, remember them for the average of the epoch."""
         vector = loss_vector(losses, self.num_tasks)
-        if self.training:
+        if self.learning:
             self._remember(vector.detach())
         return weighted_sum(vector, self.weight)
 

@@ -142,7 +142,7 @@ class GradNorm(LossWeighting):
         """
         vector = loss_vector(losses, self.num_tasks)
         weight = self.next_weight.clone()
-        if self.training and torch.is_grad_enabled():
+        if self.learning:
             norms = self._norms(losses, [shared] if isinstance(shared, Tensor) else list(shared))
             self.weight.copy_(weight)
             self._move(norms, self._mean(vector.detach()))

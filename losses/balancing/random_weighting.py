@@ -81,7 +81,7 @@ class RandomLossWeighting(LossWeighting):
     def forward(self, losses: Losses) -> Tensor:
         """Return the weighted sum of the losses; in training, with new weights."""
         vector = loss_vector(losses, self.num_tasks)
-        if not self.training:
+        if not self.learning:
             return vector.sum()
         weight = random_loss_weights(self.scores.index_select(0, self.draws.reshape(1) % _PERIOD)[0])
         self.weight.copy_(weight)

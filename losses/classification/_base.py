@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losses._checks import REDUCTIONS, at_least, check_weight_values, one_of
-from losses._state import allow_missing_state
+from losses._state import StatefulLoss
 
 __all__ = ["ClassificationLoss", "Weights", "shown_counts"]
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
-class ClassificationLoss(nn.Module):
+class ClassificationLoss(StatefulLoss):
     """Base of the classification losses: a subclass says in ``_loss`` which function it calls.
 
     Class weights live in the buffer ``class_weight``, which :meth:`set_class_weight` changes in place: a compiled step
@@ -58,7 +58,6 @@ class ClassificationLoss(nn.Module):
         self.register_buffer("class_weight", self._initial_weights())
         if weight is not None:
             self.set_class_weight(weight)
-        allow_missing_state(self)
 
     @torch.no_grad()
     def set_class_weight(self, weight: Weights) -> None:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, in_range, one_of
+from losses._checks import (
+    REDUCTIONS,
+    accumulation_dtype,
+    check_shape,
+    check_tensor,
+    check_weights,
+    check_within,
+    in_range,
+    one_of,
+)
 
 __all__ = ["check_class_indices", "check_logits", "classification_loss", "reduce", "weigh_targets", "weight_table"]
 
@@ -61,10 +70,12 @@ def classification_loss(
     one_of("reduction", reduction, REDUCTIONS)
     in_range("label_smoothing", label_smoothing, 0, 1)
     check_logits(logits)
+    check_tensor("target", target)
     table = weight_table(class_weight, group, *logits.shape[:2])
     scores = F.log_softmax(logits, dim=1, dtype=accumulation_dtype(logits))
     if target.is_floating_point():
         check_shape("target", target, logits.shape, "of `logits`")
+        check_within("target", target.detach(), 0, 1, advice="Floating targets are class probabilities.")
         if label_smoothing > 0:
             target = (1 - label_smoothing) * target.to(scores.dtype) + label_smoothing / logits.shape[1]
         losses, counted = _soft_losses(scores, target, table, modulate), None
@@ -109,6 +120,8 @@ def check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"`logits` must be a tensor of shape (samples, classes, positions...), got {got}.")
+    if not logits.is_floating_point():
+        raise TypeError(f"`logits` must be floating scores before the softmax, got {logits.dtype}.")
 
 
 def check_class_indices(logits: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
@@ -123,7 +136,8 @@ def check_class_indices(logits: Tensor, target: Tensor, ignore_index: int = -100
         raise TypeError(f"`target` must hold integer class indices, got {target.dtype}.")
     check_shape("target", target, (samples, *logits.shape[2:]), "(samples, positions...)")
     target = target.long()
-    check_within("target", target, 0, classes - 1, skip=ignore_index)
+    advice = f"Count classes from 0, and mark what to leave out by `ignore_index`, {ignore_index}."
+    check_within("target", target, 0, classes - 1, skip=ignore_index, advice=advice)
     return target
 
 
@@ -141,7 +155,9 @@ def weight_table(class_weight: Tensor | None, group: Tensor | None, samples: int
             raise TypeError(f"`group` must hold integer group indices, got {group.dtype}.")
     if class_weight is None:
         return None
-    if class_weight.dim() == 1:
+    check_tensor("class_weight", class_weight, "Pass `torch.tensor(...)`, on the device of `logits`.")
+    check_weights("class_weight", class_weight)
+    if class_weight.dim() < 2:
         check_shape("class_weight", class_weight, (classes,), "(classes,)")
         return class_weight.unsqueeze(0)
     check_shape("class_weight", class_weight, (*class_weight.shape[:1], classes), "(groups, classes)")
@@ -150,8 +166,8 @@ def weight_table(class_weight: Tensor | None, group: Tensor | None, samples: int
             f"`class_weight` has one row for each of {class_weight.shape[0]} groups, but `group` is missing: pass "
             "`group=`, one group index per sample."
         )
-    check_within("group", group, 0, class_weight.shape[0] - 1)
-    return class_weight.index_select(0, group)  # indexing would let a negative group wrap around on a GPU
+    check_within("group", group, 0, class_weight.shape[0] - 1, advice="Groups are counted from 0.")
+    return class_weight.index_select(0, group.long())  # indexing would let a negative group wrap around on a GPU
 
 
 def weigh_targets(losses: Tensor, target: Tensor, counted: Tensor, table: Tensor | None) -> Tensor:
@@ -198,6 +214,8 @@ def _soft_losses(scores: Tensor, target: Tensor, table: Tensor | None, modulate:
 
 def _sample_weight(sample_weight: Tensor, losses: Tensor) -> Tensor:
     """Return the weights in a shape that multiplies ``losses``."""
+    check_tensor("sample_weight", sample_weight, "Pass `torch.tensor(...)`, on the device of `logits`.")
+    check_weights("sample_weight", sample_weight)
     if sample_weight.dim() == losses.dim():
         check_shape("sample_weight", sample_weight, losses.shape, "(samples, positions...)")
         return sample_weight

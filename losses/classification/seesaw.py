@@ -161,7 +161,7 @@ class SeesawLoss(ClassificationLoss):
         self.register_buffer("class_counts", counts)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
-        if self.training:
+        if self.learning:
             self._count(logits, target)
         return seesaw_loss(logits, target, class_counts=self.class_counts, p=self.p, q=self.q, eps=self.eps, **common)
 

@@ -182,9 +182,9 @@ class GroupDROLoss(ClassificationLoss):
 
     def _loss(self, logits: Tensor, target: Tensor, *, reduction: str = "mean", **common: Any) -> Tensor:
         groups = group_losses(
-            logits, target, self.num_groups, local=not self.training, process_group=self.process_group, **common
+            logits, target, self.num_groups, local=not self.learning, process_group=self.process_group, **common
         )
-        if self.training:
+        if self.learning:
             self._move_weights(groups)
         return weighted_group_loss(groups, self.group_weight, reduction)
 

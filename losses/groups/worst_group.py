@@ -144,7 +144,7 @@ class WorstGroupLoss(ClassificationLoss):
 
     def _loss(self, logits: Tensor, target: Tensor, *, reduction: str = "mean", **common: Any) -> Tensor:
         groups = group_losses(
-            logits, target, self.num_groups, local=not self.training, process_group=self.process_group, **common
+            logits, target, self.num_groups, local=not self.learning, process_group=self.process_group, **common
         )
         return weighted_group_loss(groups, _worst(groups), reduction)
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from losses._checks import accumulation_dtype, at_least, check_shape, check_weight_values
-from losses._state import allow_missing_state
+from losses._state import StatefulLoss
 
 __all__ = ["ProximalPenalty", "StepSize", "feature_rows"]
 
@@ -45,7 +45,7 @@ def feature_rows(weight: Weights, dim: int) -> list[Tensor]:
     return rows
 
 
-class ProximalPenalty(nn.Module):
+class ProximalPenalty(StatefulLoss):
     """Base of the penalties on weights: a subclass says what they cost and how a proximal step shrinks them.
 
     Weights are passed at call time, so that the penalty owns none: nothing is twice in a state dict, and copies of a
@@ -77,7 +77,6 @@ class ProximalPenalty(nn.Module):
         if feature_strength is not None:
             self.set_feature_strength(feature_strength)
         self._attachments: list[_Attachment] = []
-        allow_missing_state(self)
 
     @torch.no_grad()
     def set_feature_strength(self, strength: Tensor | Sequence[float]) -> None:

@@ -6,14 +6,14 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from losses._checks import REDUCTIONS, accumulation_dtype, at_least, check_within, in_range, one_of
 from losses._distributed import sum_over_processes
-from losses._state import allow_missing_state
+from losses._masks import aligned_mask
+from losses._state import StatefulLoss
 from losses.classification._per_sample import check_logits, reduce
-from losses.reliance._masks import aligned_mask
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,7 +99,7 @@ def input_gradient_penalty(
     return reduce(masked.square().flatten(1).sum(dim=1), sample_weight, present, reduction)
 
 
-class InputGradientPenalty(nn.Module):
+class InputGradientPenalty(StatefulLoss):
     r"""Penalise input gradients, scaled to the order of the base loss; see :func:`input_gradient_penalty`.
 
     Published coefficients for one and the same data set run from 10 to a million, since the size of an input gradient
@@ -164,7 +164,6 @@ class InputGradientPenalty(nn.Module):
         self.process_group = process_group
         self.register_buffer("measured", torch.zeros(2))  # sums of the base loss and of the penalty
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        allow_missing_state(self)
 
     @property
     def scale(self) -> Tensor:
@@ -187,7 +186,7 @@ class InputGradientPenalty(nn.Module):
             logits, inputs, target_mask, sample_weight=sample_weight, reduction=self.reduction
         )
         factor = self.strength * self.scale
-        if base_loss is not None and self.training and self.calibration_steps > 0:
+        if base_loss is not None and self.learning and self.calibration_steps > 0:
             factor = torch.where(self.steps < self.calibration_steps, 0.0, factor)
             self._measure(base_loss, penalty)
         return factor * penalty

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from losses._checks import accumulation_dtype, at_least, one_of
-from losses.reliance._masks import aligned_mask, feature_axis
+from losses._masks import aligned_mask, feature_axis
 
 __all__ = ["MaskRandomization", "randomize_masked"]
 

@@ -292,7 +292,7 @@ def test_refused_weights_leave_the_old_ones():
         ({"class_weight": torch.ones(2)}, r"`class_weight` must have shape \(classes,\) = \(3,\), got \(2,\)"),
         ({"class_weight": torch.ones(2, 2)}, r"`class_weight` must have shape \(groups, classes\) = \(2, 3\)"),
         ({"class_weight": torch.ones(4, 3)}, r"one row for each of 4 groups, but `group` is missing: pass `group=`"),
-        ({"class_weight": torch.tensor(1.0)}, r"`class_weight` must have shape \(groups, classes\)"),
+        ({"class_weight": torch.tensor(1.0)}, r"`class_weight` must have shape \(classes,\) = \(3,\), got \(\)"),
         ({"class_weight": torch.ones(2, 3), "group": torch.tensor([0, 2])}, r"`group` must lie between 0 and 1, got 2"),
         ({"class_weight": torch.ones(2, 3), "group": torch.tensor([0, -1])}, r"between 0 and 1, got -1"),
         ({"group": torch.tensor([0])}, r"`group` must have shape \(samples,\) = \(2,\), got \(1,\)"),
