@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from losses._checks import check_tensor
+
 __all__ = ["aligned_mask", "feature_axis"]
 
 
@@ -33,8 +35,7 @@ def aligned_mask(name: str, mask: Tensor, inputs: Tensor) -> Tensor:
         ValueError: If the shape does not fit.
         TypeError: If ``mask`` is no tensor.
     """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"`{name}` must be a tensor, got {type(mask).__name__}.")
+    check_tensor(name, mask)
     aligned = mask
     if mask.dim() == inputs.dim() - 1 and inputs.dim() > 2:
         aligned = mask.unsqueeze(feature_axis(inputs))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from losses._checks import check_within
+from losses._masks import aligned_mask
 
 __all__ = ["Forward", "allowed_entries", "check_logits", "check_loss", "check_reached"]
 
@@ -23,11 +24,11 @@ def allowed_entries(inputs: Tensor, mask: Tensor | None) -> Tensor:
 
     Shape:
         - inputs: ``(samples, ...)``
-        - mask: the shape of ``inputs``, or that without its feature axis: the last one, or, from four axes on, axis 1
+        - mask: as :func:`losses._masks.aligned_mask`
         - output: the shape of ``inputs``
 
     Raises:
-        TypeError: If ``inputs`` is not a floating tensor.
+        TypeError: If ``inputs`` is not a floating tensor, or ``mask`` is no tensor.
         ValueError: If ``inputs`` has fewer than two axes, ``mask`` does not fit, or (checked on the CPU only) it has
             values outside ``[0, 1]``.
         RuntimeError: In ``torch.inference_mode``, where nothing can be differentiated.
@@ -35,16 +36,9 @@ def allowed_entries(inputs: Tensor, mask: Tensor | None) -> Tensor:
     _check_inputs(inputs)
     if mask is None:
         return torch.ones((), dtype=torch.bool, device=inputs.device).expand(inputs.shape)
-    axis, name = (1, "channel") if inputs.dim() >= 4 else (inputs.dim() - 1, "feature")
-    whole, reduced = tuple(inputs.shape), (*inputs.shape[:axis], *inputs.shape[axis + 1 :])
-    if not isinstance(mask, Tensor) or tuple(mask.shape) not in (whole, reduced):
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"`mask` must have the shape of `inputs`, {whole}, or that without the {name} axis, {reduced}, got {got}."
-        )
-    check_within("mask", mask, 0, 1)
-    mask = mask != 0
-    return mask if tuple(mask.shape) == whole else mask.unsqueeze(axis).expand(inputs.shape)
+    aligned = aligned_mask("mask", mask, inputs)
+    check_within("mask", aligned, 0, 1)
+    return (aligned != 0).expand(inputs.shape)
 
 
 def check_loss(loss: Tensor) -> Tensor:

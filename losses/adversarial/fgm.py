@@ -48,7 +48,7 @@ def fgm_perturbation(
     Raises:
         ValueError: If an argument is out of its range, ``mask`` does not fit, or the loss is not a scalar or does not
             depend on its argument.
-        TypeError: If ``inputs`` are not floating, or the loss is no tensor.
+        TypeError: If ``inputs`` are not floating, or the loss or ``mask`` is no tensor.
         RuntimeError: In ``torch.inference_mode``.
 
     Example:

@@ -26,14 +26,16 @@ def freelb_loss(
 
     .. math::
         L = \frac{1}{K} \sum_{t=0}^{K-1} L(x + \delta_t), \qquad
-        \delta_0 \sim \frac{s}{\sqrt{n}} \, \mathcal{U}(-1, 1), \qquad
+        \delta_0 = \Pi_{\lVert \delta \rVert_2 \le \epsilon} \left( \frac{s}{\sqrt{n}} u \right), \quad
+        u \sim \mathcal{U}(-1, 1), \qquad
         \delta_{t+1} = \Pi_{\lVert \delta \rVert_2 \le \epsilon} \left(
             \delta_t + \alpha \frac{g_t}{\lVert g_t \rVert_2} \right)
 
     with ``n`` the number of entries of a sample that may change, so that the start has the same length in short and
-    long texts, and norms over the whole of a sample. It replaces the clean loss and trains as if the batch were ``K``
-    times as large. The published code accumulates the gradient of one step after the other; here one backward gives
-    the same sum, at ``K`` forwards, ``K - 1`` backwards to the inputs, and the memory of ``K`` graphs.
+    long texts, about :math:`s / \sqrt{3}`, and norms over the whole of a sample. It replaces the clean loss and trains
+    as if the batch were ``K`` times as large. The published code accumulates the gradient of one step after the other;
+    here one backward gives the same sum, at ``K`` forwards, ``K - 1`` backwards to the inputs, and the memory of ``K``
+    graphs.
 
     Every forward draws the random numbers (dropout masks) that the first one drew, and what is drawn afterwards is what
     one forward would have left. Modules stay in their mode; batch normalisation in training mode counts each forward as
@@ -57,7 +59,7 @@ def freelb_loss(
     Raises:
         ValueError: If an argument is out of its range, ``mask`` does not fit, or the loss is not a scalar or does not
             depend on its argument.
-        TypeError: If ``inputs`` are not floating, or the loss is no tensor.
+        TypeError: If ``inputs`` are not floating, or the loss or ``mask`` is no tensor.
         RuntimeError: In ``torch.inference_mode``.
 
     Example:
@@ -73,7 +75,7 @@ def freelb_loss(
     """
     _check_settings(epsilon, step_size, steps, start_size)
     allowed = allowed_entries(inputs, mask)
-    perturbation = _random_start(inputs, allowed, start_size)
+    perturbation = project(_random_start(inputs, allowed, start_size), epsilon, "l2")
     losses = []
     for _ in range(steps - 1):
         keep = torch.is_grad_enabled()

@@ -58,13 +58,13 @@ def pgd_perturbation(
         - inputs: ``(samples, ...)``
         - mask: the shape of ``inputs``; or without the feature axis, ``(samples, tokens)`` for ``(samples, tokens,
           features)``; or without the channel axis, ``(samples, height, width)`` for ``(samples, channels, height,
-          width)``
+          width)``. An axis of size one repeats the mask.
         - output: the shape and dtype of ``inputs``, detached
 
     Raises:
         ValueError: If an argument is out of its range, ``mask`` does not fit, the loss is not a scalar or does not
             depend on its argument, or (checked on the CPU only) ``inputs`` lie outside ``bounds``.
-        TypeError: If ``inputs`` are not floating, or the loss is no tensor.
+        TypeError: If ``inputs`` are not floating, or the loss or ``mask`` is no tensor.
         RuntimeError: In ``torch.inference_mode``.
 
     Example:
@@ -74,7 +74,7 @@ def pgd_perturbation(
         tensor([[ 0.3000, -0.4000]])
 
     References:
-        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018.
+        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, equation 2.1.
     """
     _check_settings(epsilon, step_size, steps, norm, bounds)
     allowed = allowed_entries(inputs, mask)

@@ -67,7 +67,7 @@ def virtual_adversarial_loss(
     Raises:
         ValueError: If an argument is out of its range, a shape does not fit, there is one class only, or the logits do
             not depend on the closure's argument.
-        TypeError: If ``inputs`` are not floating, or the logits are no tensor.
+        TypeError: If ``inputs`` are not floating, or the logits or ``mask`` are no tensor.
         RuntimeError: In ``torch.inference_mode``.
 
     Example:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from losses.attention._layers import EMPTY_ROW
-from losses.attention._mass import Degrees, smallest
+from losses.attention._mass import Degrees
 from losses.attention._row_sums import cross_sums, joint_sums
+from losses.attention._rows import FLOOR
 
 __all__ = ["DISTRIBUTION_FORMS", "divergence"]
 
@@ -39,29 +39,28 @@ def divergence(rows: Tensor, valid: Tensor | None, keys: Degrees, form: str) -> 
     if form == "iou":
         return _iou(weights, valid, target)
     # Both distributions get the same small share of every real key: nothing is infinite, and equal ones stay equal.
-    floor = smallest(rows)
-    target = target + floor * keys.real
-    target = target / target.sum(dim=1, keepdim=True).clamp(min=EMPTY_ROW)
+    target = target + FLOOR * keys.real
+    target = target / target.sum(dim=1, keepdim=True).clamp(min=FLOOR)
     count = keys.real.sum(dim=1)
     divide = _kl if form == "kl" else _js
-    return divide(weights, valid, target, count, floor)
+    return divide(weights, valid, target, count)
 
 
-def _kl(weights: Tensor, valid: Tensor | None, target: Tensor, count: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _kl(weights: Tensor, valid: Tensor | None, target: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Return the divergence of the row from the target, in units of what a uniform row costs."""
-    total, cross = cross_sums(weights, valid, target, floor)
+    total, cross = cross_sums(weights, valid, target, FLOOR)
     surplus = torch.special.xlogy(target, target).sum(dim=1)  # the target's entropy with a minus sign
     uniform = surplus + count.clamp(min=1).log()
-    size = (total + floor * count[:, None, None]).clamp(min=EMPTY_ROW)
+    size = (total + FLOOR * count[:, None, None]).clamp(min=FLOOR)
     cost = surplus[:, None, None] + size.log() - cross
     return cost / torch.where(uniform > _NEAR_UNIFORM, uniform, 1.0)[:, None, None], total
 
 
-def _js(weights: Tensor, valid: Tensor | None, target: Tensor, count: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _js(weights: Tensor, valid: Tensor | None, target: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Return the Jensen-Shannon divergence in bits, so that one is its largest value."""
-    size, gap = joint_sums(weights, valid, target, floor)
-    total = size - floor * count[:, None, None]
-    size = size.clamp(min=EMPTY_ROW)
+    size, gap = joint_sums(weights, valid, target, FLOOR)
+    total = size - FLOOR * count[:, None, None]
+    size = size.clamp(min=FLOOR)
     surplus = torch.special.xlogy(target, target).sum(dim=1)[:, None, None]
     return 1 + (gap / size + size.log() + surplus) / (2 * math.log(2)), total
 
@@ -72,5 +71,5 @@ def _iou(weights: Tensor, valid: Tensor | None, target: Tensor) -> tuple[Tensor,
         weights = weights * valid[:, None, None]
     total = weights.sum(dim=-1)
     surplus = torch.addcmul(weights, total.unsqueeze(-1), target[:, None, None], value=-1).relu_()
-    distance = surplus.sum(dim=-1) / total.clamp(min=EMPTY_ROW)
+    distance = surplus.sum(dim=-1) / total.clamp(min=FLOOR)
     return 2 * distance / (1 + distance), total

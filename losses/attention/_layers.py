@@ -6,27 +6,18 @@ then over the samples that have any. So neither padding nor a sample without ann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from losses._checks import accumulation_dtype, check_shape
+from losses._checks import check_shape, check_tensor
 
-__all__ = [
-    "EMPTY_ROW",
-    "Allowed",
-    "allowed_keys",
-    "as_layers",
-    "check_valid",
-    "layer_mean",
-    "real_rows",
-    "reduce_layers",
-    "reduce_samples",
-]
+__all__ = ["as_layers", "layer_mean", "reduce_layers", "reduce_samples", "widened"]
 
-EMPTY_ROW = 2.0**-20  # a row whose weights on valid keys sum to less attends to nothing
+_LARGEST_HALF = torch.finfo(torch.float16).max
 
 
 def as_layers(weights: Tensor | Sequence[Tensor], name: str = "weights") -> list[Tensor]:
@@ -41,87 +32,39 @@ def as_layers(weights: Tensor | Sequence[Tensor], name: str = "weights") -> list
 
     Raises:
         ValueError: If there is no layer, or a shape does not fit.
-        TypeError: If a layer is no tensor.
+        TypeError: If a layer is no floating tensor.
     """
+    if not isinstance(weights, Iterable):
+        raise TypeError(
+            f"`{name}` must be a tensor or a list of tensors, one a layer, got {type(weights).__name__}. Capture the "
+            "weights where the model returns none."
+        )
     layers = [weights] if isinstance(weights, Tensor) else list(weights)
     if not layers:
         raise ValueError(f"`{name}` holds no layer: the model returned no attention weights. Capture them instead.")
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Tensor):
-            raise TypeError(f"`{name}[{index}]` must be a tensor, got {type(layer).__name__}.")
-        if layer.dim() != 4:
-            shape = tuple(layer.shape)
-            raise ValueError(f"`{name}[{index}]` must have 4 axes (batch, heads, queries, keys), got shape {shape}.")
+        _check_layer(f"{name}[{index}]", layer)
         check_shape(f"{name}[{index}]", layer[:, 0, 0], (layers[0].shape[0], layers[0].shape[3]), "(batch, keys)")
     return layers
 
 
-def check_valid(valid: Tensor | None, layer: Tensor) -> Tensor | None:
-    """Return ``valid`` as a boolean ``(batch, keys)``, after checking its shape against ``layer``."""
-    if valid is None:
-        return None
-    check_shape("valid", valid, (layer.shape[0], layer.shape[3]), "(batch, keys)")
-    return valid != 0
+def widened(layer: Tensor) -> Tensor:
+    """Return ``layer`` in float32 if it is in half precision; every loss computes there.
 
-
-def real_rows(layer: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Return which rows are those of real tokens, ``(batch, 1, queries)``; ``None``: all, or it cannot be known.
-
-    In self-attention queries are the tokens that keys are, so ``valid`` tells; in cross-attention it does not.
+    On its way back to float16 the gradient is cut at the largest number there is: that of a logarithm at a weight of
+    zero is larger, and infinite it would make NaN of everything.
     """
-    if valid is None or layer.shape[2] != layer.shape[3]:
-        return None
-    return valid[:, None, :]
-
-
-class Allowed(NamedTuple):
-    """Which keys each row of a layer may attend to."""
-
-    keys: Tensor | None  # (batch or 1, heads or 1, queries or 1, keys), True = may attend; None: all
-    number: Tensor  # how many they are, broadcastable to (batch, heads, queries), in the dtype of sums over weights
-    rows: Tensor  # rows of real tokens that have a choice, at least two keys; broadcastable to (batch, heads, queries)
-
-
-def allowed_keys(valid: Tensor | None, layer: Tensor) -> Allowed:
-    """Return which keys of ``layer`` count, from a key mask or from a mask of query-key pairs.
-
-    Args:
-        valid: ``True`` for real tokens, or where a query may attend; ``None`` allows every pair.
-        layer: Attention weights of one layer.
-
-    Shape:
-        - valid: ``(batch, keys)``, or ``(batch or 1, heads or 1, queries, keys)``
-        - layer: ``(batch, heads, queries, keys)``
-
-    Raises:
-        ValueError: If the shape of ``valid`` does not fit.
-    """
-    dtype = accumulation_dtype(layer)
-    if valid is None:
-        number = torch.full((1, 1, 1), layer.shape[3], dtype=dtype, device=layer.device)
-        return Allowed(None, number, number > 1)
-    if isinstance(valid, Tensor) and valid.dim() == 4:
-        (batch, heads), (queries, keys) = valid.shape[:2], layer.shape[2:]
-        if batch not in (1, layer.shape[0]) or heads not in (1, layer.shape[1]) or valid.shape[2:] != (queries, keys):
-            raise ValueError(
-                f"`valid` must have shape (batch or 1, heads or 1, queries, keys) = {tuple(layer.shape)}, got "
-                f"{tuple(valid.shape)}."
-            )
-        pairs = valid != 0
-        number = pairs.sum(dim=-1, dtype=dtype)
-        return Allowed(pairs, number, number > 1)
-    check_shape("valid", valid, (layer.shape[0], layer.shape[3]), "(batch, keys)")
-    real = valid != 0
-    number = real.sum(dim=-1, dtype=dtype)[:, None, None]
-    rows = real_rows(layer, real)
-    return Allowed(real[:, None, None, :], number, number > 1 if rows is None else rows & (number > 1))
+    if layer.dtype == torch.float16:
+        wide: Tensor = _Widened.apply(layer)  # type: ignore[no-untyped-call]
+        return wide
+    return layer.float() if layer.dtype == torch.bfloat16 else layer
 
 
 def layer_mean(cost: Tensor, counted: Tensor, row_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Average a layer's cost over what counts.
 
     Args:
-        cost: Cost of each row; finite everywhere, also where it does not count.
+        cost: Cost of each row.
         counted: ``True`` for rows that count.
         row_weight: How much each of them counts, not negative; ``None`` means one.
 
@@ -173,3 +116,30 @@ def reduce_samples(cost: Tensor, counted: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return cost
     return cost.sum() if reduction == "sum" else cost.sum() / counted.sum().clamp(min=1)
+
+
+def _check_layer(name: str, layer: Tensor) -> None:
+    check_tensor(name, layer)
+    if layer.dim() != 4:
+        shape = tuple(layer.shape)
+        raise ValueError(f"`{name}` must have 4 axes (batch, heads, queries, keys), got shape {shape}.")
+    if 0 in layer.shape[1:]:
+        raise ValueError(f"`{name}` must have at least one head, query and key, got shape {tuple(layer.shape)}.")
+    if not layer.is_floating_point():
+        raise TypeError(f"`{name}` must be a floating tensor, got {layer.dtype}.")
+
+
+class _Widened(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(layer: Tensor) -> Tensor:
+        return layer.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clamp(-_LARGEST_HALF, _LARGEST_HALF).half()

@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from losses._checks import accumulation_dtype, check_shape, check_within
-from losses.attention._layers import EMPTY_ROW
+from losses.attention._rows import FLOOR
 
-__all__ = ["FLOOR", "Degrees", "degrees", "key_sums", "mass", "smallest", "surprise"]
-
-FLOOR = 2.0**-20  # smallest mass under a logarithm; a power of two, so that full mass costs exactly zero
-_FLOOR_HALF = 2.0**-10  # float16 gradients overflow at 65504
+__all__ = ["Degrees", "degrees", "key_sums", "mass", "surprise"]
 
 
 class Degrees(NamedTuple):
@@ -41,7 +38,7 @@ def degrees(name: str, mask: Tensor, valid: Tensor | None, layer: Tensor) -> Deg
     """
     batch_keys, dtype = (layer.shape[0], layer.shape[3]), accumulation_dtype(layer)
     check_shape(name, mask, batch_keys, "(batch, keys)")
-    check_within(name, mask, 0, 1)
+    check_within(name, mask.detach(), 0, 1)
     real = layer.new_ones(batch_keys, dtype=dtype) if valid is None else valid.to(dtype)
     return Degrees(real, mask.to(dtype) * real)
 
@@ -77,14 +74,9 @@ def mass(rows: Tensor, real: Tensor, *wanted: Tensor) -> tuple[list[Tensor], Ten
         - output: ``(batch, heads, rows)`` each; shares are finite in empty rows, too
     """
     total, *parts = key_sums(rows, real, *wanted)
-    return [part / total.clamp(min=EMPTY_ROW) for part in parts], total
+    return [part / total.clamp(min=FLOOR) for part in parts], total
 
 
-def smallest(layer: Tensor) -> float:
-    """Return what is added under a logarithm so that its gradient stays finite in the dtype of ``layer``."""
-    return _FLOOR_HALF if layer.dtype == torch.float16 else FLOOR
-
-
-def surprise(share: Tensor, floor: float) -> Tensor:
+def surprise(share: Tensor) -> Tensor:
     """Return ``-log(share)``, finite at zero with a gradient there, and exactly zero at one."""
-    return -torch.log(floor + (1 - floor) * share)
+    return -torch.log(FLOOR + (1 - FLOOR) * share)

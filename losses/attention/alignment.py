@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, one_of
-from losses.attention._layers import EMPTY_ROW, as_layers, check_valid, layer_mean, reduce_layers
+from losses.attention._layers import as_layers, layer_mean, reduce_layers, widened
 from losses.attention._mass import key_sums
+from losses.attention._rows import FLOOR, check_query_valid, check_valid, counted_rows
 
 __all__ = ["GuidedAlignmentLoss", "guided_alignment"]
-
-_FLOOR = 2.0**-20  # below this weight the logarithm goes on as a straight line
-_FLOOR_HALF = 2.0**-10  # float16 gradients overflow at 65504
 
 
 def guided_alignment(
@@ -39,8 +37,8 @@ def guided_alignment(
     weights and one logarithm for each.
 
     ``T`` counts the real queries if ``query_valid`` tells them, as in the papers, else the queries with a link, since
-    padding would dilute the loss. A query without a link costs nothing. Below :math:`2^{-20}` (float16:
-    :math:`2^{-10}`) the logarithm continues as its tangent, so that cost and gradient stay finite at a weight of zero.
+    padding would dilute the loss. A query without a link costs nothing. Below :math:`2^{-20}` the
+    logarithm continues as its tangent, so that cost and gradient stay finite at a weight of zero.
 
     Args:
         weights: Cross-attention weights after the softmax, of one layer or of several. The layer before the last
@@ -61,8 +59,8 @@ def guided_alignment(
 
     Raises:
         ValueError: If there is no layer, a shape does not fit, a layer has no head of the index ``head`` or (checked on
-            the CPU only) ``target_mask`` has values outside ``[0, 1]``.
-        TypeError: If ``weights`` holds something else than tensors, or ``head`` is no whole number.
+            the CPU only) a mask has values outside ``[0, 1]`` or the weights are not those after a softmax.
+        TypeError: If ``weights`` holds something else than floating tensors, or ``head`` is no whole number.
 
     Example:
         >>> scores = torch.zeros(1, 1, 2, 4, requires_grad=True)
@@ -82,12 +80,13 @@ def guided_alignment(
     one_of("reduction", reduction, REDUCTIONS)
     _check_head(head)
     layers = as_layers(weights)
+    _check_links(target_mask, layers)
+    valid, query_valid = check_valid(valid, layers[0]), check_query_valid(query_valid, layers)
     links = _links(layers[0], target_mask, valid, query_valid)
     present = links.flatten(1).any(dim=1)
-    real = None if query_valid is None else (query_valid != 0)[:, None]  # (batch, 1, queries)
     with torch.autocast(layers[0].device.type, enabled=False):
         picked = [_pick(layer, head, index) for index, layer in enumerate(layers)]
-        return reduce_layers([_layer_cost(layer, links, valid, real) for layer in picked], present, reduction)
+        return reduce_layers([_layer_cost(layer, links, valid, query_valid) for layer in picked], present, reduction)
 
 
 class GuidedAlignmentLoss(nn.Module):
@@ -155,32 +154,34 @@ def _pick(layer: Tensor, head: int | None, index: int) -> Tensor:
     return layer[:, head : head + 1]
 
 
+def _check_links(target_mask: Tensor, layers: Sequence[Tensor]) -> None:
+    for index, layer in enumerate(layers):
+        expected = layer[:, 0].shape
+        check_shape("target_mask", target_mask, expected, f"(batch, queries, keys) of `weights[{index}]`")
+    check_within("target_mask", target_mask.detach(), 0, 1)
+
+
 def _links(layer: Tensor, target_mask: Tensor, valid: Tensor | None, query_valid: Tensor | None) -> Tensor:
     """Return the links between real tokens, each row of sum one or zero, ``(batch, queries, keys)``."""
-    batch, _, queries, keys = layer.shape
-    check_shape("target_mask", target_mask, (batch, queries, keys), "(batch, queries, keys)")
-    check_within("target_mask", target_mask, 0, 1)
     links = target_mask.to(accumulation_dtype(layer))
-    valid = check_valid(valid, layer)
     if valid is not None:
         links = links * valid[:, None, :]
     if query_valid is not None:
-        check_shape("query_valid", query_valid, (batch, queries), "(batch, queries)")
-        links = links * (query_valid != 0)[:, :, None]
+        links = links * query_valid[:, :, None]
     total = links.sum(dim=-1, keepdim=True)
     return links / torch.where(total > 0, total, 1.0)
 
 
-def _layer_cost(layer: Tensor, links: Tensor, valid: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def _layer_cost(
+    layer: Tensor, links: Tensor, valid: Tensor | None, query_valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return each sample's mean cost and whether any row counts, both ``(batch,)``."""
-    check_shape("weights", layer[:, 0], links.shape, "(batch, queries, keys) of `target_mask`")
-    floor = _FLOOR_HALF if layer.dtype == torch.float16 else _FLOOR
-    rows = layer.to(links.dtype)
-    total = rows.sum(dim=-1) if valid is None else key_sums(rows, (valid != 0).to(rows.dtype))[0]
+    rows = widened(layer)
+    total = rows.sum(dim=-1) if valid is None else key_sums(rows, valid.to(rows.dtype))[0]
     linked = links.any(dim=-1)[:, None]  # (batch, 1, queries)
-    logarithm: Tensor = _LinkedLogarithm.apply(rows, links[:, None], floor)  # type: ignore[no-untyped-call]
-    cost = torch.where(linked, total.clamp(min=EMPTY_ROW).log(), 0.0) - logarithm  # (batch, heads, queries)
-    return layer_mean(cost, (total > EMPTY_ROW) & (linked if real is None else real))
+    logarithm: Tensor = _LinkedLogarithm.apply(rows, links[:, None], FLOOR)  # type: ignore[no-untyped-call]
+    cost = torch.where(linked, total.clamp(min=FLOOR).log(), 0.0) - logarithm  # (batch, heads, queries)
+    return layer_mean(cost, counted_rows(total, linked if query_valid is None else query_valid[:, None]))
 
 
 class _LinkedLogarithm(Function):
@@ -191,9 +192,9 @@ class _LinkedLogarithm(Function):
     @staticmethod
     def forward(rows: Tensor, links: Tensor, floor: float) -> Tensor:
         held = rows.clamp_min(floor)
-        tangent: Tensor = torch.linalg.vecdot(links, rows - held) / floor
-        logarithm: Tensor = torch.linalg.vecdot(links, held.log_())
-        return logarithm + tangent
+        below = rows - held
+        logarithm: Tensor = torch.einsum("buqk,bhqk->bhq", links, held.log_().add_(below, alpha=1 / floor))
+        return logarithm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, one_of
-from losses.attention._layers import EMPTY_ROW, as_layers, check_valid, layer_mean, real_rows, reduce_layers
+from losses._checks import REDUCTIONS, check_shape, one_of
+from losses.attention._layers import as_layers, layer_mean, reduce_layers, widened
 from losses.attention._mass import key_sums
+from losses.attention._rows import FLOOR, check_query_valid, check_valid, counted_rows, real_rows
 
 __all__ = ["AttentionConsistencyLoss", "attention_consistency"]
 
@@ -22,6 +23,7 @@ def attention_consistency(
     other: Tensor | Sequence[Tensor],
     valid: Tensor | None = None,
     *,
+    query_valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Compute the Jensen-Shannon divergence between the attention of two views of the same samples.
@@ -40,18 +42,23 @@ def attention_consistency(
     Args:
         weights: Attention weights after the softmax, of one layer or of several.
         other: The weights of the other view, layer by layer.
-        valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every key. Where ``queries == keys``, it
-            also leaves out the rows of padding.
+        valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every key. Where ``queries == keys`` and
+            no ``query_valid`` is given, it also leaves out the rows of padding.
+        query_valid: ``True`` for the real tokens among the queries of cross-attention. ``None`` takes a layer with
+            ``queries == keys`` for self-attention, whose queries are the tokens that keys are, and every other for
+            cross-attention between real queries: pass it wherever cross-attention may have as many queries as keys.
         reduction: ``"mean"`` over samples, ``"sum"`` or ``"none"``.
 
     Shape:
         - weights, other: ``(batch, heads, queries, keys)``; heads and queries may differ between layers
         - valid: ``(batch, keys)``
+        - query_valid: ``(batch, queries)``
         - output: scalar, or ``(batch,)`` for ``reduction="none"``; in ``[0, 1]`` up to rounding
 
     Raises:
-        ValueError: If there is no layer, the views differ in their layers or shapes, or ``valid`` does not fit.
-        TypeError: If a view holds something else than tensors.
+        ValueError: If there is no layer, the views differ in their layers or shapes, a mask does not fit or (checked on
+            the CPU only) has values outside ``[0, 1]``, or the weights are not those after a softmax.
+        TypeError: If a view holds something else than floating tensors.
 
     Example:
         >>> scores = torch.zeros(1, 1, 1, 2, requires_grad=True)
@@ -69,12 +76,12 @@ def attention_consistency(
     layers, others = as_layers(weights), as_layers(other, "other")
     if len(layers) != len(others):
         raise ValueError(f"`other` must have the {len(layers)} layers of `weights`, got {len(others)}.")
-    valid = check_valid(valid, layers[0])
+    valid, query_valid = check_valid(valid, layers[0]), check_query_valid(query_valid, layers)
     with torch.autocast(layers[0].device.type, enabled=False):
         costs = []
         for index, (first, second) in enumerate(zip(layers, others, strict=True)):
             check_shape(f"other[{index}]", second, first.shape, f"of `weights[{index}]`")
-            costs.append(_layer_cost(first, second, valid))
+            costs.append(_layer_cost(first, second, valid, query_valid))
         return reduce_layers(costs, None, reduction)
 
 
@@ -105,30 +112,37 @@ class AttentionConsistencyLoss(nn.Module):
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
 
     def forward(
-        self, weights: Tensor | Sequence[Tensor], other: Tensor | Sequence[Tensor], valid: Tensor | None = None
+        self,
+        weights: Tensor | Sequence[Tensor],
+        other: Tensor | Sequence[Tensor],
+        valid: Tensor | None = None,
+        *,
+        query_valid: Tensor | None = None,
     ) -> Tensor:
         """Return the divergence between the attention ``weights`` and those of the ``other`` view."""
-        return attention_consistency(weights, other, valid, reduction=self.reduction)
+        return attention_consistency(weights, other, valid, query_valid=query_valid, reduction=self.reduction)
 
     def extra_repr(self) -> str:
         """Show how to build the loss again."""
         return f"reduction={self.reduction!r}"
 
 
-def _layer_cost(first: Tensor, second: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _layer_cost(
+    first: Tensor, second: Tensor, valid: Tensor | None, query_valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return each sample's mean divergence and whether any row counts, both ``(batch,)``."""
-    (p, p_counts), (q, q_counts) = _shares(first, valid), _shares(second, valid)
+    rows = real_rows(first, valid, query_valid)
+    (p, p_counts), (q, q_counts) = _shares(first, valid, rows), _shares(second, valid, rows)
     keys = None if valid is None else valid[:, None, None, :]
     cost, *_ = _Divergence.apply(p, q, keys)  # type: ignore[no-untyped-call]
-    counted, rows = p_counts & q_counts, real_rows(first, valid)
-    return layer_mean(cost, counted if rows is None else counted & rows)
+    return layer_mean(cost, p_counts & q_counts)
 
 
-def _shares(layer: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the rows with sum one over real keys, and which of them attend to anything."""
-    weights = layer.to(accumulation_dtype(layer))
+def _shares(layer: Tensor, valid: Tensor | None, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the rows with sum one over real keys, and which real ones attend to anything."""
+    weights = widened(layer)
     total = weights.sum(dim=-1) if valid is None else key_sums(weights, valid.to(weights.dtype))[0]
-    return weights / total.clamp(min=EMPTY_ROW).unsqueeze(-1), total > EMPTY_ROW
+    return weights / total.clamp(min=FLOOR).unsqueeze(-1), counted_rows(total, rows)
 
 
 def _slopes(p: Tensor, q: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor]:

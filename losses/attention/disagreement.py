@@ -7,22 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, one_of
-from losses.attention._layers import EMPTY_ROW, as_layers, check_valid, layer_mean, real_rows, reduce_layers
+from losses._checks import REDUCTIONS, check_shape, one_of
+from losses.attention._layers import as_layers, layer_mean, reduce_layers, widened
+from losses.attention._rows import FLOOR, as_mask, check_query_valid, check_valid, counted_rows, real_rows
 
 __all__ = ["HeadDisagreementLoss", "head_disagreement"]
 
 FORMS = ("attention", "values", "outputs")
-_SHORT = 2.0**-20  # a vector of a smaller norm has no direction
-_SHORT_HALF = 2.0**-10  # float16 gradients overflow at 65504
 
 
 def head_disagreement(
-    tensor: Tensor | Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor],
     valid: Tensor | None = None,
     *,
     of: str = "attention",
     self_pairs: bool = True,
+    query_valid: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     r"""Measure how much the heads of a layer agree; minimising it makes them disagree.
@@ -35,30 +35,40 @@ def head_disagreement(
         \ell_{\text{values}} = \frac{1}{H^2} \sum_{i, j} \frac{V_i^\top V_j}{\lVert V_i \rVert \lVert V_j \rVert}
 
     averaged over a sample's rows or tokens, then over layers, then over samples. The sum over pairs is
-    :math:`\lVert \sum_i A_i \rVert^2`, so that no matrix of heads by heads is built: one pass over the tensor.
+    :math:`\lVert \sum_i A_i \rVert^2`, so that no matrix of heads by heads is built: one pass over ``weights``.
 
     The pairs of the paper include each head with itself. Among values and outputs that adds a constant, ``1 / H``.
     Among attention weights it does not: :math:`\sum_k A_{iqk}^2` also flattens every head, even heads that already look
     at different keys. Leave those pairs out (``self_pairs=False``) where heads should be sharp *and* different, beside
     a sparsity term for example; one head alone then costs zero.
 
+    The loss lies in ``[0, 1]``; without those pairs, among values and outputs of ``H`` heads, in ``[-1 / (H - 1), 1]``.
+    Vectors shorter than :math:`2^{-20}` have no direction, and are similar to none.
+
     Args:
-        tensor: Attention weights after the softmax, or the values or outputs of the heads before they are concatenated;
-            of one layer or of several.
-        valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every one. Leaves out keys, and rows too
-            where ``queries == keys``, or tokens.
-        of: What ``tensor`` holds: ``"attention"``, ``"values"`` or ``"outputs"``. The last two are computed alike.
+        weights: Attention weights after the softmax; or, told by ``of``, the values or the outputs of the heads before
+            they are concatenated. Of one layer or of several.
+        valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every key, or token. Where
+            ``queries == keys`` and no ``query_valid`` is given, it also leaves out the rows of padding.
+        of: What ``weights`` holds: ``"attention"``, ``"values"`` or ``"outputs"``. The last two are computed alike.
         self_pairs: Count each head's similarity to itself, as the paper does.
+        query_valid: ``True`` for the real tokens among the queries of cross-attention. ``None`` takes a layer with
+            ``queries == keys`` for self-attention, whose queries are the tokens that keys are, and every other for
+            cross-attention between real queries: pass it wherever cross-attention may have as many queries as keys. For
+            ``of="attention"`` only.
         reduction: ``"mean"`` over samples, ``"sum"`` or ``"none"``.
 
     Shape:
-        - tensor: ``(batch, heads, queries, keys)``, or ``(batch, heads, tokens, head_dim)``
+        - weights: ``(batch, heads, queries, keys)``, or ``(batch, heads, tokens, head_dim)``
         - valid: ``(batch, keys)``, or ``(batch, tokens)``
-        - output: scalar, or ``(batch,)`` for ``reduction="none"``; at most 1
+        - query_valid: ``(batch, queries)``
+        - output: scalar, or ``(batch,)`` for ``reduction="none"``
 
     Raises:
-        ValueError: If an argument is not among the allowed ones, there is no layer, or a shape does not fit.
-        TypeError: If ``tensor`` holds something else than tensors.
+        ValueError: If an argument is not among the allowed ones, there is no layer, ``query_valid`` meets values or
+            outputs, a shape does not fit or (checked on the CPU only) a mask has values outside ``[0, 1]`` or attention
+            weights are not those after a softmax.
+        TypeError: If ``weights`` holds something else than floating tensors.
 
     Example:
         >>> scores = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]]).reshape(1, 2, 1, 3).requires_grad_()
@@ -74,10 +84,16 @@ def head_disagreement(
     """
     one_of("of", of, FORMS)
     one_of("reduction", reduction, REDUCTIONS)
-    layers = as_layers(tensor, "tensor")
-    measure = _attention_layer if of == "attention" else _vector_layer
+    if query_valid is not None and of != "attention":
+        raise ValueError(f"`query_valid` needs of='attention', got of={of!r}, where `valid` tells the real tokens.")
+    layers = as_layers(weights)
+    query_valid = check_query_valid(query_valid, layers)
     with torch.autocast(layers[0].device.type, enabled=False):
-        return reduce_layers([measure(layer, valid, self_pairs) for layer in layers], None, reduction)
+        if of == "attention":
+            costs = [_attention_layer(layer, valid, query_valid, self_pairs) for layer in layers]
+        else:
+            costs = [_vector_layer(layer, valid, self_pairs) for layer in layers]
+        return reduce_layers(costs, None, reduction)
 
 
 class HeadDisagreementLoss(nn.Module):
@@ -109,38 +125,48 @@ class HeadDisagreementLoss(nn.Module):
         self.self_pairs = self_pairs
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
 
-    def forward(self, tensor: Tensor | Sequence[Tensor], valid: Tensor | None = None) -> Tensor:
-        """Return the agreement of the heads in ``tensor``."""
-        return head_disagreement(tensor, valid, of=self.of, self_pairs=self.self_pairs, reduction=self.reduction)
+    def forward(
+        self, weights: Tensor | Sequence[Tensor], valid: Tensor | None = None, *, query_valid: Tensor | None = None
+    ) -> Tensor:
+        """Return the agreement of the heads in ``weights``, which may hold values or outputs."""
+        return head_disagreement(
+            weights,
+            valid,
+            of=self.of,
+            self_pairs=self.self_pairs,
+            query_valid=query_valid,
+            reduction=self.reduction,
+        )
 
     def extra_repr(self) -> str:
         """Show how to build the loss again."""
         return f"of={self.of!r}, self_pairs={self.self_pairs}, reduction={self.reduction!r}"
 
 
-def _attention_layer(layer: Tensor, valid: Tensor | None, self_pairs: bool) -> tuple[Tensor, Tensor]:
+def _attention_layer(
+    layer: Tensor, valid: Tensor | None, query_valid: Tensor | None, self_pairs: bool
+) -> tuple[Tensor, Tensor]:
     valid = check_valid(valid, layer)
-    summed = layer.sum(dim=1, dtype=accumulation_dtype(layer))  # (batch, queries, keys)
+    parts = widened(layer)
+    summed = parts.sum(dim=1)  # (batch, queries, keys)
     if valid is not None:
         summed = summed * valid[:, None, :]
-        layer = layer if self_pairs else layer * valid[:, None, None, :]
-    counted = (summed.detach().sum(dim=-1) > EMPTY_ROW)[:, None]  # (batch, 1, queries)
-    rows = real_rows(layer, valid)
-    similarity = _mean_over_pairs(summed, layer, self_pairs)
-    return layer_mean(similarity[:, None], counted if rows is None else counted & rows)
+        parts = parts if self_pairs else parts * valid[:, None, None, :]
+    similarity = _mean_over_pairs(summed, parts, self_pairs)[:, None]  # (batch, 1, queries)
+    rows = real_rows(layer, valid, query_valid)
+    return layer_mean(similarity, counted_rows(summed.detach().sum(dim=-1)[:, None], rows))
 
 
 def _vector_layer(layer: Tensor, valid: Tensor | None, self_pairs: bool) -> tuple[Tensor, Tensor]:
-    short = _SHORT_HALF if layer.dtype == torch.float16 else _SHORT
-    vectors = layer.to(accumulation_dtype(layer))
+    vectors = widened(layer)
     square = vectors.square().sum(dim=-1, keepdim=True)
-    long = square > short**2
-    units = vectors * torch.where(long, square, 1.0).rsqrt() * long
+    short = square <= FLOOR**2
+    units = vectors * torch.where(short, 1.0, square).rsqrt() * ~short
     similarity = _mean_over_pairs(units.sum(dim=1), units, self_pairs)[:, None]  # (batch, 1, tokens)
     if valid is None:
         return layer_mean(similarity, torch.ones_like(similarity, dtype=torch.bool))
     check_shape("valid", valid, (layer.shape[0], layer.shape[2]), "(batch, tokens)")
-    return layer_mean(similarity, (valid != 0)[:, None])
+    return layer_mean(similarity, as_mask("valid", valid)[:, None])
 
 
 def _mean_over_pairs(summed: Tensor, parts: Tensor, self_pairs: bool) -> Tensor:
@@ -149,5 +175,5 @@ def _mean_over_pairs(summed: Tensor, parts: Tensor, self_pairs: bool) -> Tensor:
     total = summed.square().sum(dim=-1)
     if self_pairs:
         return total / heads**2
-    own = parts.to(summed.dtype).square().sum(dim=(1, -1))
+    own = parts.square().sum(dim=(1, -1))
     return (total - own) / max(heads * (heads - 1), 1)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from losses._checks import REDUCTIONS, one_of
 from losses.attention._forms import DISTRIBUTION_FORMS, divergence
-from losses.attention._layers import EMPTY_ROW, as_layers, check_valid, layer_mean, real_rows, reduce_layers
-from losses.attention._mass import FLOOR, Degrees, degrees, mass, smallest, surprise
+from losses.attention._layers import as_layers, layer_mean, reduce_layers, widened
+from losses.attention._mass import Degrees, degrees, mass, surprise
+from losses.attention._rows import FLOOR, check_query_valid, check_valid, counted_rows, real_rows
 
 __all__ = ["AttentionGuidedLoss", "attention_guidance"]
 
@@ -25,6 +26,7 @@ def attention_guidance(
     valid: Tensor | None = None,
     *,
     spurious: Tensor | None = None,
+    query_valid: Tensor | None = None,
     form: str = "mass",
     queries: str = "all",
     reduction: str = "mean",
@@ -50,7 +52,7 @@ def attention_guidance(
     (undivided where the target itself is), ``"js"`` and ``"iou"`` lie in ``[0, 1]``. Costs are averaged over a sample's
     rows and heads, then over layers, then over the samples that carry the annotation; the two terms add up. ``"mass"``
     and ``"log"`` take one pass over the weights, ``"iou"`` three, ``"kl"`` one logarithm per weight and ``"js"`` two.
-    No second softmax, which would flatten the target with the length of the text.
+    No second softmax, which would flatten the target with the length of the text. ``"log"`` is this library's own.
 
     No annotation is never a target of its own: samples without a relevant (spurious) valid key contribute nothing and
     leave the average, as do rows without weight on valid keys. Where every valid key is in the set, ``"mass"`` and
@@ -60,10 +62,13 @@ def attention_guidance(
         weights: Attention weights after the softmax, of one layer or of several. Guidance of the last layer alone tends
             to fail: information flows around it.
         target_mask: Relevance of each key, boolean or in ``[0, 1]``; ``None`` rewards nothing.
-        valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every key. Where ``queries == keys``, it
-            also leaves out the rows of padding.
+        valid: ``True`` for real tokens, ``False`` for padding; ``None`` takes every key. Where ``queries == keys`` and
+            no ``query_valid`` is given, it also leaves out the rows of padding.
         spurious: Degree to which each key is spurious, boolean or in ``[0, 1]``; ``None`` suppresses nothing. For
             ``"mass"`` and ``"log"`` only.
+        query_valid: ``True`` for the real tokens among the queries of cross-attention. ``None`` takes a layer with
+            ``queries == keys`` for self-attention, whose queries are the tokens that keys are, and every other for
+            cross-attention between real queries: pass it wherever cross-attention may have as many queries as keys.
         form: ``"mass"``, ``"log"``, ``"kl"``, ``"js"`` or ``"iou"``.
         queries: ``"all"`` rows, or the ``"first"`` valid one, where the classification token sits. In causal attention,
             early rows that cannot reach a relevant key count as misses.
@@ -72,13 +77,14 @@ def attention_guidance(
     Shape:
         - weights: ``(batch, heads, queries, keys)``; heads and queries may differ between layers
         - target_mask, valid, spurious: ``(batch, keys)``
+        - query_valid: ``(batch, queries)``
         - output: scalar, or ``(batch,)`` for ``reduction="none"``
 
     Raises:
         ValueError: If neither ``target_mask`` nor ``spurious`` is given, ``spurious`` meets a form that does not take
             it, there are no weights, a shape does not fit or (checked on the CPU only) a mask has values outside
-            ``[0, 1]``.
-        TypeError: If ``weights`` holds something else than tensors.
+            ``[0, 1]`` or the weights are not those after a softmax.
+        TypeError: If ``weights`` holds something else than floating tensors.
 
     Example:
         >>> scores = torch.zeros(1, 1, 2, 4, requires_grad=True)
@@ -91,8 +97,10 @@ def attention_guidance(
         tensor([-0.0938,  0.0312,  0.0312,  0.0312])
 
     References:
-        Chen et al., "Guided Alignment Training for Topic-Aware Neural Machine Translation", AMTA 2016 (one head, log).
-        Mathew et al., "HateXplain: A Benchmark Dataset for Explainable Hate Speech Detection", AAAI 2021 (first row).
+        Chen et al., "Guided Alignment Training for Topic-Aware Neural Machine Translation", AMTA 2016 (``"kl"`` up to a
+        constant and its unit: the cross entropy against a distribution).
+        Mathew et al., "HateXplain: A Benchmark Dataset for Explainable Hate Speech Detection", AAAI 2021 (the same, on
+        the first row of the last layer).
         Chefer et al., "Optimizing Relevance Maps of Vision Transformers Improves Robustness", NeurIPS 2022 (reward
         foreground, suppress background).
     """
@@ -101,11 +109,11 @@ def attention_guidance(
     one_of("reduction", reduction, REDUCTIONS)
     _check_terms(target_mask, spurious, form)
     layers = as_layers(weights)
-    valid = check_valid(valid, layers[0])
+    valid, query_valid = check_valid(valid, layers[0]), check_query_valid(query_valid, layers)
     masks = {"target_mask": target_mask, "spurious": spurious}
     sets = {name: degrees(name, mask, valid, layers[0]) for name, mask in masks.items() if mask is not None}
     with torch.autocast(layers[0].device.type, enabled=False):
-        by_layer = [_layer_costs(layer, valid, sets, form, queries) for layer in layers]
+        by_layer = [_layer_costs(layer, valid, query_valid, sets, form, queries) for layer in layers]
         terms = [
             reduce_layers(costs, keys.member.sum(dim=1) > 0, reduction)
             for costs, keys in zip(zip(*by_layer, strict=True), sets.values(), strict=True)
@@ -149,6 +157,7 @@ class AttentionGuidedLoss(nn.Module):
         valid: Tensor | None = None,
         *,
         spurious: Tensor | None = None,
+        query_valid: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of the attention ``weights``."""
         return attention_guidance(
@@ -156,6 +165,7 @@ class AttentionGuidedLoss(nn.Module):
             target_mask,
             valid,
             spurious=spurious,
+            query_valid=query_valid,
             form=self.form,
             queries=self.queries,
             reduction=self.reduction,
@@ -175,38 +185,43 @@ def _check_terms(target_mask: Tensor | None, spurious: Tensor | None, form: str)
 
 
 def _layer_costs(
-    layer: Tensor, valid: Tensor | None, sets: dict[str, Degrees], form: str, queries: str
+    layer: Tensor,
+    valid: Tensor | None,
+    query_valid: Tensor | None,
+    sets: dict[str, Degrees],
+    form: str,
+    queries: str,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return, for each set, every sample's mean cost ``(batch,)`` and whether it has any row ``(batch,)``."""
-    rows, real = _pick_rows(layer, valid, queries)
+    rows, real = layer, real_rows(layer, valid, query_valid)
+    if queries == "first":
+        rows, real = _first_rows(layer, real)
+    rows = widened(rows)
     if form in DISTRIBUTION_FORMS:
         cost, total = divergence(rows, valid, sets["target_mask"], form)
-        costs = [cost]
+        costs, counted = [cost], counted_rows(total, real)
     else:
-        costs, total = _mass_costs(rows, sets, form)
-    counted = total > EMPTY_ROW if real is None else (total > EMPTY_ROW) & real
+        degree = next(iter(sets.values())).real
+        wanted = [keys.member if name == "target_mask" else degree - keys.member for name, keys in sets.items()]
+        hits, total = mass(rows, degree, *wanted)
+        costs, counted = _mass_costs(hits, degree, wanted, form), counted_rows(total, real, *hits)
     return [layer_mean(cost, counted) for cost in costs]
 
 
-def _mass_costs(rows: Tensor, sets: dict[str, Degrees], form: str) -> tuple[list[Tensor], Tensor]:
-    """Return the cost of each row for each set, and the sum of each row, all ``(batch, heads, rows)``."""
-    real = next(iter(sets.values())).real
-    wanted = [keys.member if name == "target_mask" else real - keys.member for name, keys in sets.items()]
-    hits, total = mass(rows, real, *wanted)
+def _mass_costs(hits: list[Tensor], real: Tensor, wanted: list[Tensor], form: str) -> list[Tensor]:
+    """Return the cost of each row for each set, ``(batch, heads, rows)``."""
     if form == "mass":
-        return [1 - hit for hit in hits], total
-    floor, count = smallest(rows), real.sum(dim=1).clamp(min=1)
-    uniform = [surprise(keys.sum(dim=1) / count, floor) for keys in wanted]  # what a uniform row costs, (batch,)
+        return [1 - hit for hit in hits]
+    count = real.sum(dim=1).clamp(min=1)
+    uniform = [surprise(keys.sum(dim=1) / count) for keys in wanted]  # what a uniform row costs, (batch,)
     units = [torch.where(cost > FLOOR, cost, 1.0)[:, None, None] for cost in uniform]
-    return [surprise(hit, floor) / unit for hit, unit in zip(hits, units, strict=True)], total
+    return [surprise(hit) / unit for hit, unit in zip(hits, units, strict=True)]
 
 
-def _pick_rows(layer: Tensor, valid: Tensor | None, queries: str) -> tuple[Tensor, Tensor | None]:
-    """Return the rows to guide, ``(batch, heads, rows, keys)``, and which of them are real tokens."""
-    real = real_rows(layer, valid)
-    if queries == "all":
-        return layer, real
+def _first_rows(layer: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the first real row of each sample, ``(batch, heads, 1, keys)``, and whether there is one."""
     if real is None:
         return layer[:, :, :1], None
     first = real[:, 0].int().argmax(dim=1)  # not row 0 where padding stands on the left
-    return layer[torch.arange(len(first), device=first.device), :, first].unsqueeze(2), None
+    rows = layer[torch.arange(len(first), device=first.device), :, first].unsqueeze(2)
+    return rows, real.any(dim=-1, keepdim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -12,13 +11,15 @@ from torch import Tensor
 from losses._checks import accumulation_dtype, at_least, check_shape
 from losses._state import StatefulLoss
 
-__all__ = ["EqualWeighting", "LossWeighting", "Losses", "check_scalar", "loss_vector", "positive", "weighted_sum"]
+__all__ = ["EqualWeighting", "LossWeighting", "Losses", "check_scalar", "loss_vector", "weighted_sum"]
 
 Losses = Tensor | Sequence[Tensor]
 
 
 class LossWeighting(StatefulLoss):
     """Base of the weightings: holds the weights of the last call in training in a buffer, for a log.
+
+    A call is in training if the module is in training mode and gradients are on.
 
     Args:
         num_tasks: Number of losses.
@@ -96,12 +97,3 @@ def check_scalar(name: str, loss: Tensor) -> None:
         raise TypeError(f"`{name}` must be a scalar tensor, got {type(loss).__name__}.")
     if loss.dim() != 0:
         raise ValueError(f"`{name}` must be a scalar, got shape {tuple(loss.shape)}. Reduce it first.")
-
-
-def positive(name: str, value: float) -> float:
-    """Return ``value`` if it is a finite number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a finite number above 0, got {value}.")
-    return value

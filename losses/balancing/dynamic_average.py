@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from losses._checks import check_shape
+from losses._checks import check_shape, in_range
 from losses._distributed import sum_over_processes
-from losses.balancing._base import Losses, LossWeighting, loss_vector, positive, weighted_sum
+from losses.balancing._base import Losses, LossWeighting, loss_vector, weighted_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,7 +50,7 @@ def dynamic_average_weights(latest: Tensor, previous: Tensor, temperature: float
     References:
         Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, equation 7.
     """
-    positive("temperature", temperature)
+    in_range("temperature", temperature, 0, above=True)
     check_shape("previous", previous, latest.shape, "(tasks,)")
     defined = (latest > 0) & (previous > 0) & torch.isfinite(latest) & torch.isfinite(previous)
     ratio = torch.where(defined, latest / torch.where(defined, previous, 1.0), 1.0)
@@ -60,10 +60,12 @@ def dynamic_average_weights(latest: Tensor, previous: Tensor, temperature: float
 class DynamicWeightAverage(LossWeighting):
     """Weigh losses by their fall over epochs; see :func:`dynamic_average_weights`.
 
-    Call :meth:`step` at the end of every training epoch. Weights are one in the first two epochs. Sums and weights are
-    in the state dict, so a run resumes exactly, also in the middle of an epoch.
+    In training mode, with gradients on, every call adds to the averages of the epoch; call :meth:`step` at the end of
+    every training epoch. Weights are one in the first two epochs. Sums and weights are in the state dict, so a run
+    resumes exactly, also in the middle of an epoch. Keep it outside activation checkpointing: a forward pass that runs
+    again would count its losses twice.
 
-    In a distributed run every call in training adds the losses up over the processes, ``2 * num_tasks`` numbers. It
+    In a distributed run every such call adds the losses up over the processes, ``2 * num_tasks`` numbers. It
     cannot wait for the end of the epoch: ``DistributedDataParallel`` overwrites the buffers of all processes with those
     of the first before every forward pass, and a checkpoint holds the first one's only.
 
@@ -96,7 +98,7 @@ class DynamicWeightAverage(LossWeighting):
 
     def __init__(self, num_tasks: int, temperature: float = 2.0, *, process_group: ProcessGroup | None = None) -> None:
         super().__init__(num_tasks)
-        self.temperature = positive("temperature", temperature)
+        self.temperature = in_range("temperature", temperature, 0, above=True)
         self.process_group = process_group
         self.register_buffer("loss_sum", torch.zeros(num_tasks))
         self.register_buffer("loss_count", torch.zeros(num_tasks, dtype=torch.long))

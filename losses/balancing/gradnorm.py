@@ -10,7 +10,7 @@ from torch import Tensor
 
 from losses._checks import accumulation_dtype, check_shape, in_range
 from losses._distributed import process_count, sum_over_processes
-from losses.balancing._base import Losses, LossWeighting, loss_vector, positive, weighted_sum
+from losses.balancing._base import Losses, LossWeighting, loss_vector, weighted_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -58,7 +58,7 @@ def gradnorm_weights(
         ICML 2018, section 3 and algorithm 1.
     """
     in_range("alpha", alpha, 0)
-    positive("lr", lr)
+    in_range("lr", lr, 0, above=True)
     check_shape("norms", norms, weight.shape, "(tasks,)")
     check_shape("progress", progress, weight.shape, "(tasks,)")
     tiny = torch.finfo(norms.dtype).tiny
@@ -74,10 +74,12 @@ def gradnorm_weights(
 class GradNorm(LossWeighting):
     """Weigh losses by their gradients in a shared layer; see :func:`gradnorm_weights`.
 
-    Every call in training uses the weights of the call before, then moves them, by hand: ``losses`` keep their graph,
-    and one ordinary ``.backward()`` of the total follows. It costs one more backward pass per task, from the loss down
-    to ``shared``: take the last shared layer, or the activation that the tasks share. All state is in the state dict,
-    and a run resumes exactly. A step whose losses or gradients are not finite, as loss scaling provokes, moves nothing.
+    In training mode, with gradients on, every call uses the weights of the call before, then moves them, by hand:
+    ``losses`` keep their graph, and one ordinary ``.backward()`` of the total follows. It costs one more backward pass
+    per task, from the loss down to ``shared``: take the last shared layer, or the activation that the tasks share. All
+    state is in the state dict, and a run resumes exactly. A step whose losses or gradients are not finite, as loss
+    scaling provokes, moves nothing. Keep it outside activation checkpointing: a forward pass that runs again would move
+    the weights twice.
 
     In a distributed run gradients are averaged over the processes, one message of the size of ``shared`` per task, so
     that norms are those of the whole batch. Compile the model, not this module: it differentiates within.
@@ -121,9 +123,11 @@ class GradNorm(LossWeighting):
     ) -> None:
         super().__init__(num_tasks)
         self.alpha = in_range("alpha", alpha, 0)
-        self.lr = positive("lr", lr)
+        self.lr = in_range("lr", lr, 0, above=True)
         self.process_group = process_group
-        self.given = None if initial_loss is None else [positive("initial_loss", loss) for loss in initial_loss]
+        self.given = None if initial_loss is None else list(initial_loss)
+        for loss in self.given or []:
+            in_range("initial_loss", loss, 0, above=True)
         if self.given is not None and len(self.given) != num_tasks:
             raise ValueError(f"`initial_loss` must hold {num_tasks} losses, one for each task, got {len(self.given)}.")
         self.register_buffer("next_weight", torch.ones(num_tasks))

@@ -107,7 +107,7 @@ class GradientSurgery:
 
         Raises:
             ValueError: If there is no loss, a loss is no scalar, or no loss depends on the parameters.
-            TypeError: If a loss is no tensor.
+            TypeError: If ``losses`` is one tensor, or a loss is no tensor.
         """
         trained = [parameter for parameter in dict.fromkeys(parameters) if parameter.requires_grad]
         gradients = _gradients(_scaled(losses, scaler), trained, retain_graph)
@@ -162,6 +162,11 @@ def _named(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _scaled(losses: Sequence[Tensor], scaler: torch.amp.GradScaler | None) -> list[Tensor]:
+    if isinstance(losses, Tensor):
+        raise TypeError(
+            f"`losses` must be a sequence of scalars, one for each task, got a tensor of shape {tuple(losses.shape)}. "
+            "Pass the losses from before they were stacked: the graph of a vector leads through all tasks."
+        )
     if not losses:
         raise ValueError("`losses` holds no loss.")
     for index, loss in enumerate(losses):

@@ -16,7 +16,7 @@ _LOWEST = -20.0  # a loss that stays at zero pulls its log-variance down for eve
 
 
 def uncertainty_weighted_loss(
-    losses: Losses, log_variance: Tensor, classification: bool | Sequence[bool] | Tensor = False
+    losses: Losses, log_variance: Tensor, classification: bool | Sequence[bool] | Tensor = True
 ) -> Tensor:
     r"""Weigh each loss by the precision of its task, and charge for the uncertainty claimed.
 
@@ -29,10 +29,12 @@ def uncertainty_weighted_loss(
     pull every weight to :math:`c_k`. A term that the network can make small gets a weight without bound, and one that
     it cannot is shrunk: never weigh a penalty this way. The total may be negative. Costs nothing.
 
+    Tasks count as classifications unless told otherwise; then all weights start at one.
+
     Args:
         losses: Losses of the tasks, not negative.
         log_variance: Logarithm of the variance of each task; zero at the start. Held at -20 from below.
-        classification: ``True`` for a cross entropy, for all tasks or by task.
+        classification: ``False`` for a squared error, ``True`` for a cross entropy, for all tasks or by task.
 
     Shape:
         - losses: ``(tasks,)``, or scalars
@@ -48,10 +50,10 @@ def uncertainty_weighted_loss(
         >>> log_variance = torch.zeros(2, requires_grad=True)
         >>> loss = uncertainty_weighted_loss(torch.tensor([1.0, 4.0]), log_variance)
         >>> loss
-        tensor(2.5000, grad_fn=<SumBackward0>)
+        tensor(5., grad_fn=<SumBackward0>)
         >>> loss.backward()
         >>> log_variance.grad
-        tensor([ 0.0000, -1.5000])
+        tensor([-0.5000, -3.5000])
 
     References:
         Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
@@ -81,7 +83,7 @@ class UncertaintyWeighting(LossWeighting):
 
     Args:
         num_tasks: Number of losses.
-        classification: ``True`` for a cross entropy, for all tasks or by task.
+        classification: ``False`` for a squared error, ``True`` for a cross entropy, for all tasks or by task.
 
     Shape:
         - classification: ``(num_tasks,)``
@@ -101,7 +103,7 @@ class UncertaintyWeighting(LossWeighting):
 
     classification: Tensor
 
-    def __init__(self, num_tasks: int, *, classification: bool | Sequence[bool] = False) -> None:
+    def __init__(self, num_tasks: int, *, classification: bool | Sequence[bool] = True) -> None:
         super().__init__(num_tasks)
         del self.weight  # follows from the parameter
         kinds = torch.as_tensor(classification, dtype=torch.bool)

@@ -11,13 +11,13 @@ from torch import Tensor
 from losses._checks import REDUCTIONS, at_least, check_weight_values, one_of
 from losses._state import StatefulLoss
 
-__all__ = ["ClassificationLoss", "Weights", "shown_counts"]
+__all__ = ["ClassWeightedLoss", "ClassificationLoss", "Weights", "shown_counts"]
 
 Weights = Tensor | Sequence[float] | Sequence[Sequence[float]]
 
 
-class ClassificationLoss(StatefulLoss):
-    """Base of the classification losses: a subclass says in ``_loss`` which function it calls.
+class ClassWeightedLoss(StatefulLoss):
+    """Settings and class weights of the classification losses; a subclass says in ``forward`` what it takes.
 
     Class weights live in the buffer ``class_weight``, which :meth:`set_class_weight` changes in place: a compiled step
     is not compiled again, and distributed copies stay valid. They are part of the state dict. A checkpoint without
@@ -82,6 +82,36 @@ class ClassificationLoss(StatefulLoss):
         check_weight_values("weight", new)
         table.copy_(new)
 
+    def extra_repr(self) -> str:
+        """Show how to build the loss again, weights aside."""
+        parts = self._settings()
+        parts += [] if self.num_groups is None else [f"num_groups={self.num_groups}"]
+        return ", ".join([*parts, f"reduction={self.reduction!r}", f"ignore_index={self.ignore_index}"])
+
+    def _common(
+        self, class_weight: Tensor | None, sample_weight: Tensor | None, group: Tensor | None
+    ) -> dict[str, Any]:
+        """Return what every loss function takes; a ``class_weight`` given here replaces the buffer."""
+        return {
+            "class_weight": self.class_weight if class_weight is None else class_weight,
+            "sample_weight": sample_weight,
+            "group": group,
+            "reduction": self.reduction,
+            "ignore_index": self.ignore_index,
+        }
+
+    def _settings(self) -> list[str]:
+        return [] if self.num_classes is None else [str(self.num_classes)]
+
+    def _initial_weights(self) -> Tensor | None:
+        if self.num_classes is None:
+            return None
+        return torch.ones(self.num_classes if self.num_groups is None else (self.num_groups, self.num_classes))
+
+
+class ClassificationLoss(ClassWeightedLoss):
+    """Base of the losses of logits and targets: a subclass says in ``_loss`` which function it calls."""
+
     def forward(
         self,
         logits: Tensor,
@@ -92,32 +122,10 @@ class ClassificationLoss(StatefulLoss):
         group: Tensor | None = None,
     ) -> Tensor:
         """Return the loss; a ``class_weight`` given here replaces the buffer for this call."""
-        return self._loss(
-            logits,
-            target,
-            class_weight=self.class_weight if class_weight is None else class_weight,
-            sample_weight=sample_weight,
-            group=group,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-        )
-
-    def extra_repr(self) -> str:
-        """Show how to build the loss again, weights aside."""
-        parts = self._settings()
-        parts += [] if self.num_groups is None else [f"num_groups={self.num_groups}"]
-        return ", ".join([*parts, f"reduction={self.reduction!r}", f"ignore_index={self.ignore_index}"])
+        return self._loss(logits, target, **self._common(class_weight, sample_weight, group))
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         raise NotImplementedError
-
-    def _settings(self) -> list[str]:
-        return [] if self.num_classes is None else [str(self.num_classes)]
-
-    def _initial_weights(self) -> Tensor | None:
-        if self.num_classes is None:
-            return None
-        return torch.ones(self.num_classes if self.num_groups is None else (self.num_groups, self.num_classes))
 
 
 def _class_number(class_weight: Weights) -> int:

@@ -129,3 +129,30 @@ class _ShiftedCrossEntropy(torch.autograd.Function):
             through = probabilities * (of_probabilities - mean)
             grad = through if grad is None else grad + through
         return grad, None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        logits: Tensor,
+        target: Tensor,
+        scale: float,
+        shift: Tensor | None,
+        margin: Tensor | None,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Take the calls of ``torch.func.vmap`` for further samples: samples do not know of each other either."""
+
+        def batched(value: Tensor, dim: int | None) -> Tensor:
+            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+        logits, target = batched(logits, in_dims[0]), batched(target, in_dims[1])
+        samples = logits.shape[:2]  # (calls, samples)
+        if shift is not None:
+            shift = batched(shift, in_dims[3])
+            missing = [1] * (logits.dim() - shift.dim())
+            shift = shift.reshape(len(shift), *missing, *shift.shape[1:]).expand(logits.shape).flatten(0, 1)
+        if margin is not None:
+            margin = batched(margin, in_dims[4]).flatten(0, 1)
+        flat = logits.flatten(0, 1), target.flatten(0, 1)
+        losses, probabilities = _ShiftedCrossEntropy.apply(*flat, scale, shift, margin)  # type: ignore[no-untyped-call]
+        return (losses.unflatten(0, samples), probabilities.unflatten(0, samples)), (0, 0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses._checks import check_shape, class_counts_tensor, in_range
+from losses._checks import check_shape, check_within, class_counts_tensor, in_range
 from losses.classification._base import ClassificationLoss, shown_counts
 from losses.classification._per_sample import check_logits
 from losses.classification._shifted import shifted_classification_loss
@@ -92,7 +92,8 @@ def ldam_loss(
 
     Raises:
         ValueError: If a shape does not fit, ``scale`` is negative, ``class_weight`` has rows for groups but ``group``
-            is missing, or (checked on the CPU only) a class or group index is out of range.
+            is missing, or (checked on the CPU only) a margin is negative or not finite, or a class or group index is
+            out of range.
         TypeError: If ``target`` or ``group`` does not hold integers.
 
     Example:
@@ -110,6 +111,7 @@ def ldam_loss(
     """
     check_logits(logits)
     check_shape("margins", margins, logits.shape[1:2], "(classes,)")
+    check_within("margins", margins.detach(), 0, torch.finfo(margins.dtype).max)
     return shifted_classification_loss(
         logits,
         target,
@@ -126,8 +128,8 @@ def ldam_loss(
 class LDAMLoss(ClassificationLoss):
     """Cross entropy with larger margins for rarer classes, and deferred re-weighting; see :func:`ldam_loss`.
 
-    The buffers ``margins`` and ``class_weight`` (ones, until :meth:`start_reweighting` or
-    :meth:`~ClassificationLoss.set_class_weight` changes it) are part of the state dict.
+    The buffer ``class_weight`` (ones, until :meth:`start_reweighting` or :meth:`~ClassificationLoss.set_class_weight`
+    changes it) is part of the state dict; the buffer ``margins``, which follows from the counts, is not.
 
     Args:
         class_counts: Number of training samples of each class.
@@ -174,7 +176,7 @@ class LDAMLoss(ClassificationLoss):
         self.class_counts: list[float] = counts.tolist()
         self.max_margin = max_margin
         self.scale = in_range("scale", scale, 0)
-        self.register_buffer("margins", ldam_margins(counts, max_margin))
+        self.register_buffer("margins", ldam_margins(counts, max_margin), persistent=False)
 
     def start_reweighting(self, beta: float = 0.9999) -> None:
         """Weigh classes by their effective number of samples from now on; see :func:`effective_number_weights`.

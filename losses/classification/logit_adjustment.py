@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses._checks import accumulation_dtype, check_shape, class_counts_tensor, in_range
+from losses._checks import accumulation_dtype, check_shape, check_within, class_counts_tensor, in_range
 from losses.classification._base import ClassificationLoss, shown_counts
 from losses.classification._per_sample import check_logits, classification_loss
 from losses.classification._shifted import shifted_classification_loss
@@ -114,7 +114,8 @@ def logit_adjusted_loss(
 
     Raises:
         ValueError: If a shape does not fit, an argument is out of its range, ``class_weight`` has rows for groups but
-            ``group`` is missing, or (checked on the CPU only) a class or group index is out of range.
+            ``group`` is missing, or (checked on the CPU only) an adjustment is not finite, or a class or group index is
+            out of range.
         TypeError: If ``target`` or ``group`` has the wrong dtype.
 
     Example:
@@ -132,6 +133,8 @@ def logit_adjusted_loss(
         Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020: ``tau=1``.
     """
     shift = _per_class(adjustment, logits, "adjustment")
+    largest = torch.finfo(shift.dtype).max
+    check_within("adjustment", shift.detach(), -largest, largest, advice="`log_prior` is finite for every class.")
     common: dict[str, Any] = {
         "class_weight": class_weight,
         "sample_weight": sample_weight,

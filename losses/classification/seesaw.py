@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses._checks import accumulation_dtype, check_shape, in_range
+from losses._checks import accumulation_dtype, check_shape, check_within, in_range
 from losses._distributed import sum_over_processes
 from losses.classification._base import ClassificationLoss
 from losses.classification._per_sample import check_class_indices, check_logits
@@ -25,7 +26,7 @@ def seesaw_loss(
     logits: Tensor,
     target: Tensor,
     *,
-    class_counts: Tensor,
+    class_counts: Tensor | Sequence[float],
     p: float = 0.8,
     q: float = 2.0,
     eps: float = 0.01,
@@ -73,7 +74,8 @@ def seesaw_loss(
 
     Raises:
         ValueError: If a shape does not fit, an argument is out of its range, ``class_weight`` has rows for groups but
-            ``group`` is missing, or (checked on the CPU only) a class or group index is out of range.
+            ``group`` is missing, or (checked on the CPU only) a count is negative or not finite, or a class or group
+            index is out of range.
         TypeError: If ``target`` or ``group`` does not hold integers.
 
     Example:
@@ -91,15 +93,17 @@ def seesaw_loss(
     """
     in_range("p", p, 0)
     in_range("q", q, 0)
-    _divisor(eps)
+    in_range("eps", eps, 0, 1, above=True)
     check_logits(logits)
-    check_shape("class_counts", class_counts, logits.shape[1:2], "(classes,)")
+    counts = torch.as_tensor(class_counts, device=logits.device)
+    check_shape("class_counts", counts, logits.shape[1:2], "(classes,)")
+    check_within("class_counts", counts, 0, torch.finfo(torch.float32).max, advice="Count the training labels.")
     target = check_class_indices(logits, target, ignore_index)
     index = torch.where(target != ignore_index, target, 0).unsqueeze(1)
     return shifted_classification_loss(
         logits,
         target,
-        shift=_log_factors(logits, index, class_counts, p, q, eps),
+        shift=_log_factors(logits, index, counts, p, q, eps),
         class_weight=class_weight,
         sample_weight=sample_weight,
         group=group,
@@ -111,8 +115,9 @@ def seesaw_loss(
 class SeesawLoss(ClassificationLoss):
     """Cross entropy that mitigates and compensates between classes as it counts them; see :func:`seesaw_loss`.
 
-    In training mode each call first adds its targets, of all processes, to the buffer ``class_counts``, which the state
-    dict keeps; every process has to call the loss then. Ignored targets are not counted.
+    In training mode, with gradients on, each call first adds its targets, of all processes, to the buffer
+    ``class_counts``, which the state dict keeps; every process has to call the loss then. Ignored targets are not
+    counted. Keep the loss outside activation checkpointing: a forward pass that runs again would count again.
 
     Args:
         num_classes: Number of classes.
@@ -155,7 +160,7 @@ class SeesawLoss(ClassificationLoss):
         super().__init__(num_classes, reduction=reduction, ignore_index=ignore_index)
         self.p = in_range("p", p, 0)
         self.q = in_range("q", q, 0)
-        self.eps = _divisor(eps)
+        self.eps = in_range("eps", eps, 0, 1, above=True)
         self.process_group = process_group
         counts = torch.zeros(num_classes, dtype=torch.int64)  # float32 would stop to count at 2 ** 24
         self.register_buffer("class_counts", counts)
@@ -177,12 +182,6 @@ class SeesawLoss(ClassificationLoss):
 
     def _settings(self) -> list[str]:
         return [f"{self.num_classes}, p={self.p}, q={self.q}, eps={self.eps}"]
-
-
-def _divisor(eps: float) -> float:
-    if in_range("eps", eps, 0, 1) == 0:
-        raise ValueError("`eps` must be above 0, got 0: the compensation divides by it.")
-    return eps
 
 
 @torch.no_grad()

@@ -88,7 +88,8 @@ def sigmoid_focal_loss(
     counted = target != ignore_index
     dtype = accumulation_dtype(logits)
     present = torch.where(counted, target, 0).to(dtype)
-    losses = _label_losses(logits.to(dtype), present, gamma)
+    scores = torch.where(counted, logits.to(dtype), 0.0)  # a product would keep what is not finite
+    losses = _label_losses(scores, present, gamma)
     return reduce(losses * _label_weight(present, counted, alpha, table), sample_weight, counted, reduction)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from losses._checks import check_tensor
+
 __all__ = ["Masks", "feature_masks", "masked_views"]
 
 Masks = Tensor | Sequence[Sequence[Any]]
@@ -52,8 +54,7 @@ def masked_views(inputs: Tensor, masks: Tensor | None, members: int) -> Tensor:
         ValueError: If the features do not fit.
         TypeError: If ``inputs`` is no tensor.
     """
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"`inputs` must be a tensor to be masked, got {type(inputs).__name__}.")
+    check_tensor("inputs", inputs)
     if masks is None:
         return inputs.expand(members, *inputs.shape)
     features = masks.shape[1:]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses._checks import accumulation_dtype, check_shape
+from losses._checks import accumulation_dtype, check_shape, check_tensor
 from losses.classification._per_sample import classification_loss
 
 __all__ = ["counted_targets", "loss_weights", "mean_log_probabilities", "stack_members"]
@@ -30,8 +30,7 @@ def stack_members(logits: Tensor | Sequence[Tensor]) -> Tensor:
     if not isinstance(logits, Tensor):
         members = list(logits)
         for index, member in enumerate(members):
-            if not isinstance(member, Tensor):
-                raise TypeError(f"`logits[{index}]` must be a tensor, got {type(member).__name__}.")
+            check_tensor(f"logits[{index}]", member)
             check_shape(f"logits[{index}]", member, members[0].shape, "of `logits[0]`")
         logits = torch.stack(members) if members else torch.empty(0)
     if logits.dim() < 3 or logits.shape[0] == 0:

@@ -28,8 +28,8 @@ class DeepEnsemble(nn.Module):
     Args:
         members: Classifiers with the same classes, best from different initial weights (:meth:`of`). Each returns
             logits, or something with ``.logits`` or ``["logits"]``.
-        masks: Features of the first argument that each member sees; ``None`` shows all of them. Hidden features are
-            zero. Part of the state dict.
+        masks: Features of the first argument that each member sees, such as those of an :class:`EnsembleLoss`; ``None``
+            shows all of them. Hidden features are zero. Part of the state dict.
 
     Shape:
         - masks: ``(members, features...)``, nonzero = sees it; aligned with the last axes of the inputs

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from losses._checks import accumulation_dtype, check_shape
-from losses.classification._base import ClassificationLoss, Weights
+from losses.classification._base import ClassWeightedLoss, Weights
 from losses.classification._per_sample import check_logits, classification_loss
 
 __all__ = ["ProductOfExpertsLoss", "log_bias", "product_of_experts_loss"]
@@ -80,7 +80,7 @@ def product_of_experts_loss(
     """
     bias = log_bias(logits, bias_logits)
     return classification_loss(
-        logits.to(bias.dtype) + bias,
+        logits + bias,
         target,
         class_weight=class_weight,
         sample_weight=sample_weight,
@@ -90,7 +90,7 @@ def product_of_experts_loss(
     )
 
 
-class ProductOfExpertsLoss(ClassificationLoss):
+class ProductOfExpertsLoss(ClassWeightedLoss):
     """Train a model beside a fixed expert on the bias; see :func:`product_of_experts_loss`.
 
     Args:
@@ -129,7 +129,7 @@ class ProductOfExpertsLoss(ClassificationLoss):
     ) -> None:
         super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
 
-    def forward(  # type: ignore[override]  # the expert is no option, so it has no default
+    def forward(
         self,
         logits: Tensor,
         target: Tensor,
@@ -140,16 +140,8 @@ class ProductOfExpertsLoss(ClassificationLoss):
         group: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of the product; a ``class_weight`` given here replaces the buffer for this call."""
-        return product_of_experts_loss(
-            logits,
-            target,
-            bias_logits,
-            class_weight=self.class_weight if class_weight is None else class_weight,
-            sample_weight=sample_weight,
-            group=group,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-        )
+        common = self._common(class_weight, sample_weight, group)
+        return product_of_experts_loss(logits, target, bias_logits, **common)
 
     def _settings(self) -> list[str]:
         return []

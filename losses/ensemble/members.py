@@ -41,9 +41,9 @@ class EnsembleLoss(nn.Module):
     the members' losses. Whatever these are, ``ensemble_loss`` and ``ambiguity`` are in terms of plain cross entropy;
     see :func:`ambiguity_decomposition`. That report costs a log-softmax over all members and keeps no graph.
 
-    The masks are part of the state dict. A checkpoint of a criterion that has none still loads: a warning says so, and
-    they stay. They hide features at prediction time only if :meth:`views` is called there too; a
-    :class:`DeepEnsemble` with masks does so by itself.
+    Masks hide nothing by themselves. A model has to take its inputs from :meth:`views`, in training and in prediction;
+    a :class:`DeepEnsemble` that is built with the same masks does so in both (see the example). They are part of the
+    state dict. A checkpoint of a criterion that has none still loads: a warning says so, and they stay.
 
     Args:
         members: Loss of each member, built with ``reduction="mean"`` or ``"sum"``.
@@ -58,16 +58,18 @@ class EnsembleLoss(nn.Module):
         TypeError: If a member is no module.
 
     Example:
+        >>> from losses import DeepEnsemble
         >>> criterion = EnsembleLoss([torch.nn.CrossEntropyLoss()] * 2, masks=[[1, 1, 0], [0, 1, 1]])
-        >>> members = [torch.nn.Linear(3, 2) for _ in range(2)]
-        >>> views = criterion.views(torch.ones(4, 3))
-        >>> views[:, 0]
+        >>> model = DeepEnsemble.of(lambda: torch.nn.Linear(3, 2), members=2, masks=criterion.masks)
+        >>> inputs = torch.ones(4, 3)
+        >>> criterion.views(inputs)[:, 0]  # what the members of the model see of the first sample
         tensor([[1., 1., 0.],
                 [0., 1., 1.]])
-        >>> logits = [member(view) for member, view in zip(members, views)]
-        >>> output = criterion(logits, torch.tensor([0, 1, 1, 0]))
+        >>> output = criterion(model.member_logits(inputs), torch.tensor([0, 1, 1, 0]))
         >>> output.loss.backward()
         >>> torch.testing.assert_close(output.loss.detach() - output.ambiguity, output.ensemble_loss)
+        >>> model(inputs).shape  # predicts through the same masks
+        torch.Size([4, 2])
     """
 
     masks: Tensor | None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from losses._checks import at_least, check_shape, check_within, in_range
 from losses._state import allow_missing_state
-from losses.classification._base import ClassificationLoss, Weights
+from losses.classification._base import ClassWeightedLoss, Weights
 from losses.classification._per_sample import classification_loss, reduce
 from losses.ensemble._members import counted_targets, loss_weights
 from losses.ensemble.experts import log_bias
@@ -94,14 +94,14 @@ def learned_mixin_loss(
     check_shape("gate", gate, (logits.shape[0], *logits.shape[2:]), "(samples, positions...)")
     check_within("gate", gate.detach(), 0, torch.finfo(gate.dtype).max)
     trusted = gate.to(bias.dtype).unsqueeze(1) * bias
-    losses = classification_loss(logits.to(bias.dtype) + trusted, target, reduction="none", **common)
+    losses = classification_loss(logits + trusted, target, reduction="none", **common)
     scores = F.log_softmax(trusted, dim=1)
     entropy = -(scores.exp() * scores).sum(dim=1)
     losses = losses + entropy_penalty * loss_weights(logits, target, **common) * entropy
     return reduce(losses, None, counted_targets(target, ignore_index), reduction)
 
 
-class LearnedMixinLoss(ClassificationLoss):
+class LearnedMixinLoss(ClassWeightedLoss):
     r"""Train a model beside an expert on the bias that it learns when to trust; see :func:`learned_mixin_loss`.
 
     The gate is :math:`\operatorname{softplus}(w^\top h + c)` of the model's features :math:`h`, which it trains too.
@@ -152,7 +152,7 @@ class LearnedMixinLoss(ClassificationLoss):
         self.gate = nn.Linear(hidden_size, 1)
         allow_missing_state(self.gate)
 
-    def forward(  # type: ignore[override]  # neither the expert nor the features are options
+    def forward(
         self,
         logits: Tensor,
         target: Tensor,
@@ -164,17 +164,9 @@ class LearnedMixinLoss(ClassificationLoss):
         group: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of the gated product; a ``class_weight`` given here replaces the buffer for this call."""
+        common = self._common(class_weight, sample_weight, group)
         return learned_mixin_loss(
-            logits,
-            target,
-            bias_logits,
-            self._trust(hidden),
-            entropy_penalty=self.entropy_penalty,
-            class_weight=self.class_weight if class_weight is None else class_weight,
-            sample_weight=sample_weight,
-            group=group,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
+            logits, target, bias_logits, self._trust(hidden), entropy_penalty=self.entropy_penalty, **common
         )
 
     def _trust(self, hidden: Tensor) -> Tensor:

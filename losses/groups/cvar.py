@@ -80,11 +80,11 @@ def cvar_loss(
         Levy et al., "Large-Scale Methods for Distributionally Robust Optimization", NeurIPS 2020 (mini-batches).
     """
     one_of("reduction", reduction, REDUCTIONS)
-    alpha = _share(alpha)
+    in_range("alpha", alpha, 0, 1, above=True)
     losses, counted = sample_losses(
         logits, target, class_weight=class_weight, sample_weight=sample_weight, group=group, ignore_index=ignore_index
     )
-    weight, worst = _worst_weights(losses.detach(), counted, alpha)
+    weight, worst = _worst_weights(losses, counted, alpha)
     losses = losses * weight
     if reduction == "mean":
         return losses.sum() / worst
@@ -129,19 +129,13 @@ class CVaRLoss(ClassificationLoss):
         ignore_index: int = -100,
     ) -> None:
         super().__init__(None, class_weight, num_groups=num_groups, reduction=reduction, ignore_index=ignore_index)
-        self.alpha = _share(alpha)
+        self.alpha = in_range("alpha", alpha, 0, 1, above=True)
 
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
         return cvar_loss(logits, target, alpha=self.alpha, **common)
 
     def _settings(self) -> list[str]:
         return [f"alpha={self.alpha}"]
-
-
-def _share(alpha: float) -> float:
-    if in_range("alpha", alpha, 0, 1) == 0:
-        raise ValueError("`alpha` must be above 0, got 0: a share of no samples has no mean.")
-    return alpha
 
 
 def _worst_weights(losses: Tensor, counted: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from losses._checks import REDUCTIONS, at_least, check_shape, check_weight_values, check_within, in_range, one_of
+from losses._checks import (
+    REDUCTIONS,
+    at_least,
+    check_shape,
+    check_tensor,
+    check_weight_values,
+    check_weights,
+    in_range,
+    one_of,
+)
 from losses.classification._base import ClassificationLoss, Weights
 from losses.groups._per_group import GroupLosses, group_losses, weighted_group_loss
 
@@ -61,8 +70,8 @@ def group_dro_loss(
 
     Raises:
         ValueError: If ``group`` is missing, a shape does not fit, or (checked on the CPU only) a class or group index
-            is out of range or a group weight negative.
-        TypeError: If ``target`` or ``group`` has the wrong dtype.
+            is out of range, or a group weight is negative or not finite.
+        TypeError: If ``group_weight`` is no tensor, or ``target`` or ``group`` has the wrong dtype.
 
     Example:
         >>> import torch
@@ -81,8 +90,9 @@ def group_dro_loss(
         Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, Algorithm 1.
     """
     one_of("reduction", reduction, REDUCTIONS)
+    check_tensor("group_weight", group_weight)
     check_shape("group_weight", group_weight, group_weight.shape[:1], "(groups,)")
-    check_within("group_weight", group_weight, 0, torch.inf)
+    check_weights("group_weight", group_weight)
     groups = group_losses(
         logits,
         target,
@@ -98,7 +108,7 @@ def group_dro_loss(
 class GroupDROLoss(ClassificationLoss):
     r"""Minimise the loss of the worst group, with weights that follow the losses; see :func:`group_dro_loss`.
 
-    In training mode every call first moves the weights of the groups in its batch, then uses them:
+    In training mode, with gradients on, every call first moves the weights of the groups in its batch, then uses them:
 
     .. math::
         q_g \leftarrow m \, \frac{q_g \exp(\eta (\bar\ell_g + C / \sqrt{n_g}))}
@@ -106,15 +116,16 @@ class GroupDROLoss(ClassificationLoss):
 
     Groups that are not in the batch keep their weight exactly; published code takes their loss for zero, so that rare
     groups lose their weight. A batch of one group therefore changes nothing: mix groups in a batch. Weights also stay
-    where a loss is not finite. They live in the buffer ``group_weight``, changed in place and part of the state dict;
-    keep the module in float32, since bfloat16 would round small steps away.
+    where a loss is not finite. They live in the buffer ``group_weight``, changed in place and part of the state dict.
+    Keep the loss outside activation checkpointing: a forward pass that runs again would move them twice.
 
     Needs strong regularisation or early stopping: a network that fits its training data has no worst group. Label noise
     draws weight to itself. Under gradient accumulation every micro-batch moves the weights.
 
-    With several processes, losses and counts are summed over them first, in training mode; every process has to call
+    With several processes, losses and counts are summed over them first, where weights move; every process has to call
     the loss then. It is scaled so that gradients averaged over processes, as ``DistributedDataParallel`` does, are
-    those of one process with all samples, and so is the averaged value; in evaluation mode each process sees its own.
+    those of one process with all samples, and so is the averaged value. In evaluation mode, or without gradients, each
+    process sees its own.
 
     Args:
         num_groups: Number of groups.
@@ -147,7 +158,8 @@ class GroupDROLoss(ClassificationLoss):
         tensor(1.8885, grad_fn=<MulBackward0>)
 
     References:
-        Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, Algorithm 1.
+        Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020, Algorithm 1;
+        section 3.3 for the adjustment.
     """
 
     num_groups: int

@@ -93,10 +93,11 @@ def worst_group_loss(
 class WorstGroupLoss(ClassificationLoss):
     """Minimise the largest mean loss among the groups of a batch; see :func:`worst_group_loss`.
 
-    With several processes, losses and counts are summed over them first, in training mode; every process has to call
-    the loss then. It is scaled so that gradients averaged over processes, as ``DistributedDataParallel`` does, are
-    those of one process with all samples, and so is the averaged value: a process without a sample of the worst group
-    returns zero. In evaluation mode each process sees its own groups.
+    With several processes, losses and counts are summed over them first, in training mode with gradients on; every
+    process has to call the loss then. It is scaled so that gradients averaged over processes, as
+    ``DistributedDataParallel`` does, are those of one process with all samples, and so is the averaged value: a process
+    without a sample of the worst group returns zero. In evaluation mode, or without gradients, each process sees its
+    own groups.
 
     Args:
         num_groups: Number of groups.

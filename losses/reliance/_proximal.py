@@ -106,9 +106,11 @@ class ProximalPenalty(StatefulLoss):
         return any(attachment.alive for attachment in self._attachments)
 
     def forward(self, weight: Weights) -> Tensor:
-        """Return the penalty; a constant without a gradient while it is attached to an optimiser."""
-        value = self._value(weight)
-        return value.detach() if self.attached else value
+        """Return the penalty; to a weight that an optimiser shrinks, see :meth:`attach`, it has no gradient."""
+        shrunk = {key for attachment in self._attachments if attachment.alive for key in attachment.weights}
+        if not shrunk:
+            return self._value(weight)
+        return self._value([each.detach() if id(each) in shrunk else each for each in _as_list(weight)])
 
     @torch.no_grad()
     def proximal_step(self, weights: Weights, lr: StepSize) -> None:
@@ -127,15 +129,18 @@ class ProximalPenalty(StatefulLoss):
     def attach(self, optimizer: Optimizer, weights: Weights, *, adaptive: bool = True) -> RemovableHandle:
         r"""Let an optimiser apply the penalty after each of its steps, which gives exact zeros.
 
-        The objective stays "loss plus penalty", so do not add the penalty to the loss as well: its value is a constant
-        while attached, good for a log and without effect in a sum. Its gradient would give small weights, never zeros.
+        Training then ends where "loss plus penalty" is least, so do not add the penalty to the loss as well: to a
+        weight that is attached, and to no other, it has no gradient while it is, so its value is good for a log and
+        without effect in a sum. Its gradient would give small weights, never zeros. Pass the very tensor each time:
+        another that shares its memory counts as another weight.
 
         Each weight is shrunk with the learning rate that its parameter group has in that step. Under Adam and its
         relatives (whose state has ``exp_avg_sq``) an entry's step is not the learning rate but
         :math:`\eta / (\sqrt{\hat v} + \epsilon)`, and the proximal map is taken in that metric; with ``lr`` alone, a
         useless weight with a small but steady gradient is pushed by a full ``lr`` in every step and never stays zero.
         No step shrinks an entry by more than ten learning rates, so what the data has not shown yet does not vanish at
-        once. For the weights concerned this costs as much as four (elastic net) to nine (group lasso) steps of AdamW.
+        once, and on its way training follows a weaker penalty. For the weights concerned this costs as much as four
+        (elastic net) to nine (group lasso) steps of AdamW.
 
         A step that ``GradScaler`` skips shrinks nothing, also in fused optimisers; nor is a weight shrunk that had no
         gradient. Attach again after building another optimiser. Optimisers that shard their state are not supported.

@@ -59,7 +59,8 @@ def elastic_net(
                 [-3.0000,  1.5000]])
 
     References:
-        Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", JRSS B 2005: the naive elastic net.
+        Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", JRSS B 2005, equation 3: the
+        naive elastic net.
     """
     in_range("l1", l1, 0)
     in_range("l2", l2, 0)
@@ -74,8 +75,8 @@ def elastic_net(
 class ElasticNetPenalty(ProximalPenalty):
     r"""Penalise weights by feature, in the loss or with exact zeros after each step; see :func:`elastic_net`.
 
-    Two ways to use it, never both at once: add ``penalty(weight)`` to the loss, or call ``penalty.attach(optimizer,
-    weight)`` once, after which each step ends with
+    Two ways to use it, never both for one weight: add ``penalty(weight)`` to the loss, or call
+    ``penalty.attach(optimizer, weight)`` once, after which each step ends with
 
     .. math::
         w \leftarrow \frac{\operatorname{sign}(w) \max(|w| - \eta c \lambda_1, 0)}{1 + 2 \eta c \lambda_2}

@@ -67,7 +67,8 @@ def group_lasso(
                 [1.1314, 0.0000]])
 
     References:
-        Yuan and Lin, "Model Selection and Estimation in Regression with Grouped Variables", JRSS B 2006.
+        Yuan and Lin, "Model Selection and Estimation in Regression with Grouped Variables", JRSS B 2006, equation
+        2.1.
     """
     in_range("strength", strength, 0)
     values = torch.cat(feature_rows(weight, dim), dim=1)
@@ -81,8 +82,8 @@ def group_lasso(
 class GroupLassoPenalty(ProximalPenalty):
     r"""Penalise features as a whole, in the loss or with exact zeros after each step; see :func:`group_lasso`.
 
-    Two ways to use it, never both at once: add ``penalty(weight)`` to the loss, or call ``penalty.attach(optimizer,
-    weight)`` once, after which each step ends with
+    Two ways to use it, never both for one weight: add ``penalty(weight)`` to the loss, or call
+    ``penalty.attach(optimizer, weight)`` once, after which each step ends with
 
     .. math::
         W_{:, g} \leftarrow W_{:, g} \max\Bigl(0, \; 1 - \frac{\eta \lambda c_g \sqrt{p_g}}{\lVert W_{:, g} \rVert_2}

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from losses._checks import REDUCTIONS, accumulation_dtype, at_least, check_within, in_range, one_of
+from losses._checks import REDUCTIONS, at_least, check_within, in_range, one_of
 from losses._distributed import sum_over_processes
 from losses._masks import aligned_mask
 from losses._state import StatefulLoss
 from losses.classification._per_sample import check_logits, reduce
+from losses.reliance._log_probability import check_inputs, log_probability_gradient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["InputGradientPenalty", "input_gradient_penalty"]
 
-_LARGEST_LOGIT_GRADIENT = 16  # of what float16 can hold, 65504; the rest is room for the layers below
 _LARGEST_SCALE = 1e8  # a penalty that is all but zero says nothing about its size later
 
 
@@ -41,7 +40,8 @@ def input_gradient_penalty(
     with ``A`` the mask and ``M`` the samples that have any of it; a sample with an empty mask contributes zero. Use it
     where it is known which pixels or tokens must *not* decide; it acts on what the model computes, not on where its
     attention goes. Differentiating it takes a second backward pass through a graph of the first, so a training step
-    costs close to three times as much and holds the graph of the first backward pass as well.
+    costs about twice as much (2.1 times for a multilayer perceptron) and holds the graph of the first backward pass as
+    well.
 
     The gradient is that of the batch's sum: samples must not see each other, as they do in batch norm while training.
     Every operation between ``inputs`` and ``logits`` must be twice differentiable. Fused attention is not (run the
@@ -90,10 +90,10 @@ def input_gradient_penalty(
     """
     one_of("reduction", reduction, REDUCTIONS)
     check_logits(logits)
-    _check_inputs(logits, inputs)
+    check_inputs(logits, inputs)
     mask = aligned_mask("target_mask", target_mask, inputs)
     check_within("target_mask", mask, 0, 1)
-    gradient = _log_probability_gradient(logits, inputs)
+    gradient = log_probability_gradient(logits, inputs)
     masked = torch.where(mask != 0, gradient, 0.0) * mask.to(gradient.dtype)
     present = (mask != 0).flatten(1).any(dim=1).expand(len(inputs))
     return reduce(masked.square().flatten(1).sum(dim=1), sample_weight, present, reduction)
@@ -111,16 +111,17 @@ class InputGradientPenalty(StatefulLoss):
 
     with the ratio frozen, so that ``strength=1`` starts with two terms of one order. Let the calibration last until the
     base loss has come down well: before a model has learned anything its input gradients are tiny, and a ratio measured
-    then would hold them there (on digits with a decoy, calls 1 to 20 ask for a coefficient of 500 and ruin training,
-    calls 1 to 100 for 0.01 to 0.2 and cure it). Calls in which a term is not positive and finite are not counted.
+    then would hold them there. Calls in which a term is not positive and finite are not counted.
 
-    Without ``base_loss`` nothing is measured; what was never measured has scale one. The sums are persistent buffers,
-    so a resumed run goes on with the same scale. In a distributed run they are added up over the processes, which every
-    training call with a ``base_loss`` takes part in.
+    Without ``base_loss`` nothing is measured; what was never measured has scale one, and a warning says so. The sums
+    are persistent buffers, so a resumed run goes on with the same scale. In a distributed run they are added up over
+    the processes, which every training call with a ``base_loss`` takes part in. Keep the penalty outside activation
+    checkpointing, which would run, and so measure, each call twice.
 
     Args:
         strength: Factor on the scaled penalty.
-        calibration_steps: Number of training calls that measure the scale and return zero; ``0`` keeps it at one.
+        calibration_steps: Number of training calls that measure the scale and return zero, so a run no longer than that
+            is plain training: choose fewer for a short run. ``0`` keeps the scale at one.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. With ``"none"`` means over samples are compared.
         process_group: Processes to measure over; ``None`` means all of them.
 
@@ -162,6 +163,7 @@ class InputGradientPenalty(StatefulLoss):
         self.calibration_steps = at_least("calibration_steps", calibration_steps, 0)
         self.reduction = one_of("reduction", reduction, REDUCTIONS)
         self.process_group = process_group
+        self._warned = False
         self.register_buffer("measured", torch.zeros(2))  # sums of the base loss and of the penalty
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -187,8 +189,12 @@ class InputGradientPenalty(StatefulLoss):
         )
         factor = self.strength * self.scale
         if base_loss is not None and self.learning and self.calibration_steps > 0:
-            factor = torch.where(self.steps < self.calibration_steps, 0.0, factor)
+            measuring = self.steps < self.calibration_steps
             self._measure(base_loss, penalty)
+            factor = torch.where(measuring, 0.0, factor)
+            penalty = torch.where(measuring & ~penalty.isfinite(), 0.0, penalty)  # zero times infinity is no zero
+        elif self.learning and self.calibration_steps > 0 and not self._warned:
+            self._warn_if_nothing_measured()
         return factor * penalty
 
     def extra_repr(self) -> str:
@@ -203,38 +209,13 @@ class InputGradientPenalty(StatefulLoss):
         self.measured.add_(torch.where(counts, pair, 0.0))
         self.steps.add_(counts)
 
-
-def _check_inputs(logits: Tensor, inputs: Tensor) -> None:
-    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or inputs.shape[0] != logits.shape[0]:
-        got = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(
-            f"`inputs` must be a tensor of shape (samples, features...) with {logits.shape[0]} samples as `logits`, "
-            f"got {got}."
-        )
-    if not inputs.requires_grad:
-        raise ValueError(
-            "`inputs` must require a gradient, got a tensor without: call `inputs.requires_grad_()` before the forward "
-            "pass, or pass embeddings where the inputs are token ids."
-        )
-    if not logits.requires_grad:
-        raise ValueError(
-            "`logits` must carry the graph that leads to `inputs`, got a tensor without: run the forward pass with "
-            "gradients enabled, in validation too (`torch.enable_grad()`), and do not detach."
-        )
-
-
-def _log_probability_gradient(logits: Tensor, inputs: Tensor) -> Tensor:
-    """Return the gradient of the sum of all log-probabilities by ``inputs``, in their shape, at least float32."""
-    scale = 2.0 ** math.floor(math.log2(_LARGEST_LOGIT_GRADIENT / logits.shape[1]))  # a power of two rounds nothing
-    with torch.autocast(inputs.device.type, enabled=False):  # it would downcast what the model kept in float32
-        with torch.enable_grad():
-            total = scale * F.log_softmax(logits, dim=1, dtype=accumulation_dtype(logits)).sum()
-        (gradient,) = torch.autograd.grad(
-            total, inputs, create_graph=torch.is_grad_enabled(), retain_graph=True, allow_unused=True
-        )
-        if gradient is None:
-            raise ValueError(
-                "`logits` must be computed from `inputs`, but does not depend on them: pass the very tensor that the "
-                "model was called with, not a copy or a slice of it."
+    def _warn_if_nothing_measured(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._warned = True  # looks at the device once
+        if self.steps == 0:
+            warnings.warn(
+                "InputGradientPenalty has calibrated nothing: its scale is 1. Pass `base_loss` in training, or build "
+                "it with `calibration_steps=0`.",
+                stacklevel=5,
             )
-        return gradient.to(accumulation_dtype(gradient)) / scale

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from losses._distributed import process_count, sum_over_processes
 from losses.balancing import DynamicWeightAverage, GradientSurgery, GradNorm, LossBalancer
 from losses.classification import SeesawLoss, WeightedCrossEntropyLoss
 from losses.groups import GroupDROLoss, WorstGroupLoss
@@ -93,6 +94,28 @@ def groups_of(*batches: Sequence[int]) -> Callable[[int], Tensor]:
 
 def weighted_cross_entropy(rank: int, world: int) -> Result:
     return train(WeightedCrossEntropyLoss(CLASSES, [1.0, 2.0, 0.5, 4.0]), rank, world)
+
+
+class GlobalMean(nn.Module):
+    """The mean over what counts in all processes, whatever the share of each: a sum, divided by the mean count."""
+
+    def __init__(self, criterion: WeightedCrossEntropyLoss) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        loss = self.criterion(logits, target)
+        if self.criterion.reduction == "mean":
+            return loss
+        return loss * process_count() / sum_over_processes((target != -100).sum())
+
+
+def global_mean(rank: int, world: int) -> Result:
+    """``mean`` is over the samples of one process; of unequal shares, a sum makes the mean over all of them."""
+    reduction = "mean" if world == 1 else "sum"
+    criterion = GlobalMean(WeightedCrossEntropyLoss(CLASSES, [1.0, 2.0, 0.5, 4.0], reduction=reduction))
+    target = torch.tensor([0, -100, 2, -100, 1, 2, 0, 1])
+    return train(criterion, rank, world, (5, 3), target=lambda step: target)
 
 
 def seesaw(rank: int, world: int) -> Result:
@@ -212,6 +235,30 @@ def gradient_surgery(rank: int, world: int) -> Result:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def what_processes_draw(rank: int, world: int) -> Result:
+    """PCGrad takes the rows in an order that it draws, one in each process: the result is the mean."""
+    rows = torch.tensor([[1.0, 0.0], [-3.0, 1.0], [-3.0, -1.0], [2.0, -2.0]]).double()
+    weights = []
+    for seed in [rank] if world > 1 else [0, 1]:
+        torch.manual_seed(seed)
+        weights.append(torch.zeros(2, dtype=torch.float64, requires_grad=True))
+        GradientSurgery("pcgrad").backward([row @ weights[-1] for row in rows], weights[-1:])
+    return {"gradient": torch.stack([weight.grad for weight in weights if weight.grad is not None]).mean(dim=0)}
+
+
+def reached_by_one_process(rank: int, world: int) -> Result:
+    """Parameters that the samples of one process alone reach, by one loss or by both, are not left out."""
+    shared, both, single = (torch.full((3,), value).double().requires_grad_() for value in (1.0, 2.0, 3.0))
+    losses = torch.zeros(2, dtype=torch.float64)
+    for part in [rank] if world > 1 else [0, 1]:
+        product = shared * (both if part == 0 else 1)
+        terms = [product @ torch.arange(3.0).double(), -product.sum() + (single.square().sum() if part == 0 else 0)]
+        losses = losses + torch.stack(terms) * world / 2
+    GradientSurgery("upgrad").backward(list(losses), [shared, both, single])
+    names = ("shared", "both", "single")
+    return {name: part.grad for name, part in zip(names, (shared, both, single), strict=True) if part.grad is not None}
+
+
 def input_gradient_penalty(rank: int, world: int) -> Result:
     """The scale that both processes measure is that of one; its sums are those of both."""
     criterion = Guarded()
@@ -225,6 +272,7 @@ def input_gradient_penalty(rank: int, world: int) -> Result:
 
 SCENARIOS: dict[str, Callable[[int, int], Result]] = {
     "WeightedCrossEntropyLoss": weighted_cross_entropy,
+    "WeightedCrossEntropyLoss, the mean over all processes": global_mean,
     "GroupDROLoss": group_dro,
     "GroupDROLoss, sum": group_dro_sum,
     "GroupDROLoss, an empty share": an_empty_share,
@@ -234,6 +282,8 @@ SCENARIOS: dict[str, Callable[[int, int], Result]] = {
     "DynamicWeightAverage": dynamic_weight_average,
     "GradNorm": gradnorm,
     "GradientSurgery": gradient_surgery,
+    "GradientSurgery, what processes draw": what_processes_draw,
+    "GradientSurgery, reached by one process": reached_by_one_process,
     "InputGradientPenalty": input_gradient_penalty,
     "evaluation on one process": evaluation_on_one_process,
 }

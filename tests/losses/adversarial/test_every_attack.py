@@ -199,6 +199,19 @@ def test_a_mask_of_pixels_spans_the_channels(module):
     assert change.transpose(0, 1)[:, mask].ne(0).any(dim=0).all()
 
 
+@pytest.mark.parametrize("module", EVERY)
+@pytest.mark.parametrize("shape", [(1, 5), (4, 1), (4, 5, 1), (1, 5, 1), (1, 1, 6)])
+def test_an_axis_of_size_one_repeats_the_mask(module, shape):
+    model, inputs, mask = Model(), torch.randn(4, 5, 6), torch.rand(shape) < 0.5
+    mask.flatten()[0] = True
+    full = (mask if mask.dim() == 3 else mask[..., None]).expand(4, 5, 6)
+    losses = []
+    for each in (mask, full):
+        torch.manual_seed(1)
+        losses.append(call(module, model, inputs, each))
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("module", ON_LOSS)
 def test_an_empty_mask_gives_the_clean_loss(module):
     model, inputs = Model(), torch.randn(4, 5, 6)
@@ -405,11 +418,22 @@ def test_what_a_closure_of_logits_must_return(function, forward_logits, error, m
         (torch.ones(2, 3, dtype=torch.long), None, TypeError, r"got torch.int64: token ids .* Pass their embeddings"),
         ([[1.0, 2.0]], None, TypeError, r"`inputs` must be a tensor of embeddings or pixels, got list"),
         (torch.zeros(2), None, ValueError, r"`inputs` must have at least 2 axes \(samples, ...\), got shape \(2,\)"),
-        (torch.zeros(2, 3, 4), torch.ones(2, 4), ValueError, r"without the feature axis, \(2, 3\), got \(2, 4\)"),
-        (torch.zeros(2, 3, 4), torch.ones(3, 4), ValueError, r"shape of `inputs`, \(2, 3, 4\), or that without"),
-        (torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4), ValueError, r"without the channel axis, \(2, 4, 5\)"),
-        (torch.zeros(2, 3), [True, False], ValueError, r"got list"),
-        (torch.zeros(2, 3), torch.tensor([0.0, -torch.inf]), ValueError, r"`mask` must lie between 0 and 1, got -inf"),
+        (
+            torch.zeros(2, 3, 4),
+            torch.ones(2, 4),
+            ValueError,
+            r"or \(2, 3\), without the axis of features, got \(2, 4\)",
+        ),
+        (torch.zeros(2, 3, 4), torch.ones(3, 4), ValueError, r"shape of `inputs`, \(2, 3, 4\), or \(2, 3\), without"),
+        (torch.zeros(2, 3, 4, 5), torch.ones(2, 3, 4), ValueError, r"or \(2, 4, 5\), without the axis of features"),
+        (torch.zeros(2, 3), torch.ones(2), ValueError, r"got \(2,\). An axis of size one repeats the mask"),
+        (torch.zeros(2, 3), [True, False], TypeError, r"`mask` must be a tensor, got list"),
+        (
+            torch.zeros(2, 3),
+            torch.tensor([[0.0], [-torch.inf]]),
+            ValueError,
+            r"`mask` must lie between 0 and 1, got -inf",
+        ),
     ],
 )
 def test_what_inputs_and_mask_must_be(function, inputs, mask, error, message):
@@ -459,7 +483,7 @@ def test_construction_checks(build, message):
             "PGD(epsilon=1.0, step_size=0.3, steps=3, norm='l2', random_start=False, bounds=(0, 1))",
         ),
         (FreeLB(), "FreeLB(epsilon=0.4, step_size=0.1, steps=3, start_size=0.3)"),
-        (SMARTLoss(), "SMARTLoss(epsilon=0.001, step_size=0.001, steps=1, noise=1e-05, reduction='mean')"),
+        (SMARTLoss(), "SMARTLoss(epsilon=0.1, step_size=0.1, steps=1, noise=1e-05, reduction='mean')"),
         (VirtualAdversarialLoss(), "VirtualAdversarialLoss(epsilon=1.0, xi=0.1, steps=1, reduction='mean')"),
     ],
 )

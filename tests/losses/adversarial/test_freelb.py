@@ -69,7 +69,8 @@ def test_one_backward_equals_the_accumulated_gradients(steps, epsilon):
 def test_the_start_has_the_same_length_whatever_the_length_of_the_text():
     seen, mask = [], torch.ones(3, 1000, dtype=torch.bool)
     mask[1, 10:], mask[2] = False, False
-    freelb_loss(lambda x: (seen.append(x.detach()), x.sum())[1], torch.zeros(3, 1000, 50), start_size=0.6, mask=mask)
+    spy = lambda x: (seen.append(x.detach()), x.sum())[1]  # noqa: E731
+    freelb_loss(spy, torch.zeros(3, 1000, 50), epsilon=1.0, start_size=0.6, mask=mask)
     start = seen[0]
     torch.testing.assert_close(start.flatten(1).norm(dim=1), torch.tensor([0.6, 0.6, 0.0]) / 3**0.5, rtol=0.05, atol=0)
     assert start[0].abs().max() <= 0.6 / (1000 * 50) ** 0.5
@@ -84,6 +85,15 @@ def test_the_ascent_stays_within_the_ball():
     lengths = torch.stack([x.flatten(1).norm(dim=1) for x in seen])
     assert (lengths <= 0.25 * (1 + 1e-5)).all()
     torch.testing.assert_close(lengths[-1], torch.full((3,), 0.25))
+
+
+def test_the_start_is_within_the_ball_as_well():
+    seen = []
+    inputs, spy = torch.zeros(3, 5, 6), lambda x: (seen.append(x.detach()), x.sum())[1]
+    freelb_loss(spy, inputs, epsilon=0.05, start_size=0.3, steps=2)
+    lengths = torch.stack([x.flatten(1).norm(dim=1) for x in seen])
+    assert (lengths <= 0.05 * (1 + 1e-5)).all()
+    torch.testing.assert_close(lengths[0], torch.full((3,), 0.05))
 
 
 def test_the_loss_of_a_linear_model_rises():

@@ -50,8 +50,39 @@ def test_the_perturbation_stays_in_the_box():
     """And fills it: a step is as long as it says, however small the gradient."""
     model, inputs, seen = nn.Linear(5, 3), torch.randn(4, 5), []
     SMARTLoss()(spied(model, seen), inputs)
-    assert (seen[-1] - inputs).abs().max() <= 1e-3 + 1e-6
-    assert (seen[-1] - inputs).abs().max() > 0.9e-3
+    assert (seen[-1] - inputs).abs().max() <= 0.1 + 1e-6
+    assert (seen[-1] - inputs).abs().max() > 0.099
+
+
+def transformer():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    encoder, head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 3)
+    return lambda embeddings: head(encoder(embeddings)[:, 0])
+
+
+def published_perturbation(model, embeddings):
+    """Noise plus a thousandth of the gradient, divided by the largest entry of each token."""
+    noise = 1e-5 * torch.randn_like(embeddings)
+    at, clean = (embeddings + noise).requires_grad_(), model(embeddings).log_softmax(dim=1).detach()
+    (gradient,) = torch.autograd.grad(
+        F.kl_div(model(at).log_softmax(dim=1), clean, log_target=True, reduction="sum"), at
+    )
+    moved = noise + 1e-3 * gradient
+    return noise, moved / (moved.abs().amax(dim=-1, keepdim=True) + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_has_a_useful_size(seed):
+    """The order of the published code's, whose change is large and all but random; not that of the paper's box."""
+    torch.manual_seed(seed)
+    model, embeddings = transformer(), torch.randn(8, 10, 32)
+    loss = SMARTLoss()(model, embeddings)
+    assert 1e-3 < loss < 0.1
+    noise, published = published_perturbation(model, embeddings)
+    assert F.cosine_similarity(noise.flatten(), published.flatten(), dim=0) > 0.95  # tokens are scaled one by one
+    one, other = (model(at).log_softmax(dim=1) for at in (embeddings, embeddings + published))
+    assert 0.1 < loss / ((one.exp() - other.exp()) * (one - other)).sum(dim=1).mean() < 2
+    assert smart_loss(model, embeddings, epsilon=1e-5, step_size=1e-3) < 1e-8
 
 
 def test_both_predictions_get_the_gradient():
@@ -82,7 +113,7 @@ def test_dropout_alone_costs_nothing():
 
 def test_a_sample_with_an_empty_mask_leaves_the_mean():
     model, inputs = nn.Linear(5, 3), torch.randn(3, 5)
-    arguments = {"epsilon": 0.3, "step_size": 0.3, "mask": torch.tensor([1, 0, 1])}
+    arguments = {"epsilon": 0.3, "step_size": 0.3, "mask": torch.tensor([[1], [0], [1]])}
     torch.manual_seed(1)
     each = smart_loss(model, inputs, reduction="none", **arguments)
     torch.manual_seed(1)

@@ -90,7 +90,7 @@ def test_the_clean_prediction_gets_no_gradient():
 
 def test_a_sample_with_an_empty_mask_leaves_the_mean():
     model, inputs, seen = nn.Linear(5, 3), torch.randn(3, 5), []
-    mask = torch.tensor([True, False, True])
+    mask = torch.tensor([[True], [False], [True]])
     torch.manual_seed(1)
     each = virtual_adversarial_loss(model, inputs, mask=mask, reduction="none")
     torch.manual_seed(1)

@@ -213,8 +213,16 @@ def test_module_is_the_function():
         ({"target_mask": LINKS[0]}, ValueError, r"`target_mask` must have shape \(batch, queries, keys\)"),
         ({"target_mask": LINKS * 2}, ValueError, "`target_mask` must lie between 0 and 1, got 2"),
         ({"valid": torch.ones(4, 3)}, ValueError, r"`valid` must have shape \(batch, keys\) = \(4, 5\)"),
-        ({"query_valid": torch.ones(4, 5)}, ValueError, r"`query_valid` must have shape \(batch, queries\) = \(4, 3\)"),
-        ({"weights": [attention(4, 2, 3, 5), attention(4, 2, 4, 5)]}, ValueError, "`weights` must have shape"),
+        (
+            {"query_valid": torch.ones(4, 5)},
+            ValueError,
+            r"`query_valid` must have shape \(batch, queries\) of `weights\[0\]` = \(4, 3\)",
+        ),
+        (
+            {"weights": [attention(4, 2, 3, 5), attention(4, 2, 4, 5)]},
+            ValueError,
+            r"`target_mask` must have shape .* of `weights\[1\]`",
+        ),
         ({"head": 2}, ValueError, r"`head` must be between 0 and 1, since `weights\[0\]` has 2 heads, got 2"),
         ({"head": -1}, ValueError, "`head` must be at least 0, got -1"),
         ({"head": True}, TypeError, "`head` must be the index of a head, or None for every head, got True"),

@@ -203,9 +203,9 @@ def test_module_is_the_function():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"tensor": ()}, ValueError, "`tensor` holds no layer"),
-        ({"tensor": [None]}, TypeError, r"`tensor\[0\]` must be a tensor, got NoneType"),
-        ({"tensor": torch.ones(2, 3, 4)}, ValueError, r"`tensor\[0\]` must have 4 axes"),
+        ({"weights": ()}, ValueError, "`weights` holds no layer"),
+        ({"weights": [None]}, TypeError, r"`weights\[0\]` must be a tensor, got NoneType"),
+        ({"weights": torch.ones(2, 3, 4)}, ValueError, r"`weights\[0\]` must have 4 axes"),
         ({"valid": torch.ones(4, 4)}, ValueError, r"`valid` must have shape \(batch, keys\) = \(4, 5\), got \(4, 4\)"),
         ({"valid": torch.ones(4, 5), "of": "values"}, ValueError, r"`valid` must have shape \(batch, tokens\)"),
         ({"of": "keys"}, ValueError, "`of` must be one of 'attention', 'values', 'outputs', got 'keys'"),
@@ -214,7 +214,7 @@ def test_module_is_the_function():
 )
 def test_checks(arguments, error, message):
     with pytest.raises(error, match=message):
-        head_disagreement(**{"tensor": attention(4, 2, 3, 5), **arguments})
+        head_disagreement(**{"weights": attention(4, 2, 3, 5), **arguments})
 
 
 def test_module_checks_at_construction():

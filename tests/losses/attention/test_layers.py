@@ -5,17 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from losses.attention._layers import (
-    allowed_keys,
-    as_layers,
-    check_valid,
-    layer_mean,
-    real_rows,
-    reduce_layers,
-    reduce_samples,
-)
+from losses.attention._layers import as_layers, layer_mean, reduce_layers, reduce_samples, widened
 from losses.attention._mass import degrees, key_sums, mass, surprise
 from losses.attention._row_sums import cross_sums, entropy_sums, joint_sums, square_sums
+from losses.attention._rows import allowed_keys, check_query_valid, check_valid, counted_rows, real_rows
 
 
 def test_one_layer_is_a_list_of_one():
@@ -35,23 +28,67 @@ def test_valid_is_boolean_whatever_it_came_as():
 
 def test_padding_has_rows_in_self_attention_only():
     valid = torch.tensor([[True, False, True]])
-    assert real_rows(torch.rand(1, 2, 3, 3), valid).tolist() == [[[True, False, True]]]
-    assert real_rows(torch.rand(1, 2, 2, 3), valid) is None
-    assert real_rows(torch.rand(1, 2, 3, 3), None) is None
+    assert real_rows(torch.rand(1, 2, 3, 3), valid, None).tolist() == [[[True, False, True]]]
+    assert real_rows(torch.rand(1, 2, 2, 3), valid, None) is None
+    assert real_rows(torch.rand(1, 2, 3, 3), None, None) is None
+    told = torch.tensor([[False, True, True]])
+    assert real_rows(torch.rand(1, 2, 3, 3), valid, told).tolist() == [[[False, True, True]]]
 
 
 def test_allowed_keys_of_key_masks_and_of_pair_masks():
     layer = torch.rand(2, 1, 3, 3)
-    every = allowed_keys(None, layer)
+    every = allowed_keys(None, None, layer)
     assert every.keys is None
     assert every.number.flatten().tolist() == [3.0]
-    by_key = allowed_keys(torch.tensor([[1, 1, 0], [1, 0, 0]]), layer)
+    by_key = allowed_keys(torch.tensor([[1, 1, 0], [1, 0, 0]]), None, layer)
     assert by_key.number.flatten().tolist() == [2.0, 1.0]
     assert by_key.rows.tolist() == [[[True, True, False]], [[False, False, False]]]
-    by_pair = allowed_keys(torch.ones(1, 1, 3, 3).tril(), layer)
+    by_pair = allowed_keys(torch.ones(1, 1, 3, 3).tril(), None, layer)
     assert by_pair.number.tolist() == [[[1.0, 2.0, 3.0]]]
     assert by_pair.rows.tolist() == [[[False, True, True]]]
-    assert allowed_keys(torch.tensor([[1, 1, 0], [1, 1, 1]]), layer[:, :, :2]).rows.tolist() == [[[True]], [[True]]]
+    assert allowed_keys(torch.tensor([[1, 1, 0], [1, 1, 1]]), None, layer[:, :, :2]).rows.tolist() == [
+        [[True]],
+        [[True]],
+    ]
+
+
+def test_masks_of_queries_fit_every_layer():
+    layers = [torch.rand(1, 1, 2, 3), torch.rand(1, 2, 2, 3)]
+    assert check_query_valid(None, layers) is None
+    assert check_query_valid(torch.tensor([[1.0, 0.0]]), layers).tolist() == [[True, False]]
+    with pytest.raises(
+        TypeError, match=r"`query_valid` must be a tensor of shape \(batch, queries\) of `weights\[0\]`"
+    ):
+        check_query_valid([True, False], layers)
+
+
+def test_rows_that_count_attend_to_something_or_to_nan():
+    total = torch.tensor([[[1.0, 0.0, torch.nan, 0.5]]])
+    assert counted_rows(total, None).tolist() == [[[True, False, True, True]]]
+    real = torch.tensor([[[True, True, True, False]]])
+    assert counted_rows(total, real).tolist() == [[[True, False, True, False]]]
+    assert counted_rows(-total, ~real.any(dim=-1, keepdim=True)).any().item() is False  # not judged where not real
+    assert counted_rows(total, None, total / 2, total * 0).any()
+    for shares in ([total * 2], [total / 2, -total]):
+        with pytest.raises(ValueError, match="`weights` must be attention after the softmax"):
+            counted_rows(total, None, *shares)
+    assert counted_rows(total - 5e-4, None, total + 5e-4).any()  # rounding in half precision
+
+
+def test_float16_is_widened_with_a_gradient_that_stays_finite():
+    layer = torch.rand(1, 1, 2, 3)
+    assert widened(layer) is layer
+    assert widened(layer.double()).dtype == torch.float64
+    slope = torch.tensor([2.0**20, -(2.0**20), 0.5])
+    half = layer.half().requires_grad_()
+    (widened(half) * slope).sum().backward()
+    assert half.grad[0, 0, 0].tolist() == [65504.0, -65504.0, 0.5]
+    half.grad = None
+    (widened(half) * torch.nan).sum().backward()
+    assert half.grad.isnan().all()
+    brain = layer.bfloat16().requires_grad_()
+    (widened(brain) * slope).sum().backward()
+    assert brain.grad[0, 0, 0].tolist() == slope.tolist()
 
 
 def test_layer_mean_leaves_out_rows_and_weighs_the_others():
@@ -99,7 +136,7 @@ def test_key_sums_take_any_layout():
 
 def test_surprise_is_zero_at_one_and_finite_at_zero():
     share = torch.tensor([1.0, 0.0], requires_grad=True)
-    given = surprise(share, 2.0**-20)
+    given = surprise(share)
     given.sum().backward()
     assert given[0].item() == 0.0
     assert given[1].item() == pytest.approx(13.863, abs=1e-3)

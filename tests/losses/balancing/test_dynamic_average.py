@@ -95,11 +95,14 @@ def test_a_run_resumes_exactly_anywhere(cut):
     assert len(set(expected)) == 12
 
 
-def test_evaluation_is_not_counted():
-    weighting = DynamicWeightAverage(2)
-    before = copy.deepcopy(weighting.state_dict())
-    weighting.eval()(torch.tensor([1.0, 2.0]))
-    assert all(torch.equal(value, before[name]) for name, value in weighting.state_dict().items())
+def test_a_bfloat16_module_adds_up_a_long_epoch():
+    """A sum in bfloat16 stops to grow at 256 times its terms."""
+    weighting = DynamicWeightAverage(2).bfloat16()
+    for _ in range(2000):
+        weighting(torch.tensor([1.0, 0.125], dtype=torch.bfloat16))
+    assert weighting.loss_sum.tolist() == [2000.0, 250.0]
+    weighting.step()
+    assert weighting.latest_loss.tolist() == [1.0, 0.125]
 
 
 def test_a_step_without_losses_changes_nothing():
@@ -134,7 +137,7 @@ def test_buffers_keep_their_place():
 
 
 def test_checks():
-    with pytest.raises(ValueError, match=r"`temperature` must be a finite number above 0, got 0"):
+    with pytest.raises(ValueError, match=r"`temperature` must be a finite number, above 0, got 0"):
         DynamicWeightAverage(2, temperature=0)
     with pytest.raises(TypeError, match=r"`temperature` must be a number, got 'cold'"):
         DynamicWeightAverage(2, temperature="cold")

@@ -219,9 +219,9 @@ def test_a_loss_apart_from_the_shared_layer_is_an_error(losses, message):
     ("arguments", "message"),
     [
         ({"alpha": -1}, r"`alpha` must be a finite number, at least 0, got -1"),
-        ({"lr": 0}, r"`lr` must be a finite number above 0, got 0"),
+        ({"lr": 0}, r"`lr` must be a finite number, above 0, got 0"),
         ({"initial_loss": [1.0]}, r"`initial_loss` must hold 2 losses, one for each task, got 1"),
-        ({"initial_loss": [1.0, 0.0]}, r"`initial_loss` must be a finite number above 0, got 0.0"),
+        ({"initial_loss": [1.0, 0.0]}, r"`initial_loss` must be a finite number, above 0, got 0.0"),
     ],
 )
 def test_construction_checks(arguments, message):

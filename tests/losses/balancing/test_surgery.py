@@ -222,6 +222,7 @@ def test_without_torchjd_the_error_names_the_extra(monkeypatch):
     ("losses", "error", "message"),
     [
         ([], ValueError, r"`losses` holds no loss"),
+        (torch.ones(2), TypeError, r"`losses` must be a sequence of scalars, one for each task, got a tensor of shape"),
         ([torch.ones(2)], ValueError, r"`losses\[0\]` must be a scalar, got shape \(2,\). Reduce it first"),
         ([1.0], TypeError, r"`losses\[0\]` must be a scalar tensor, got float"),
         ([torch.tensor(1.0)], ValueError, r"No loss depends on `parameters`: pass the parameters of the model"),

@@ -31,8 +31,9 @@ def test_one_kind_serves_all_tasks():
     losses, log_variance = torch.rand(3), torch.randn(3)
     given = uncertainty_weighted_loss(losses, log_variance, True)
     torch.testing.assert_close(given, uncertainty_weighted_loss(losses, log_variance, [True] * 3))
-    assert UncertaintyWeighting(2, classification=True).weights().tolist() == [1.0, 1.0]
-    assert UncertaintyWeighting(2).weights().tolist() == [0.5, 0.5]
+    torch.testing.assert_close(given, uncertainty_weighted_loss(losses, log_variance))  # that of classifiers
+    assert UncertaintyWeighting(2).weights().tolist() == [1.0, 1.0]
+    assert UncertaintyWeighting(2, classification=False).weights().tolist() == [0.5, 0.5]
 
 
 def test_gradcheck():
@@ -93,7 +94,7 @@ def test_a_bfloat16_module_accumulates_in_float32():
     weighting = UncertaintyWeighting(2).bfloat16()
     total = weighting(torch.tensor([1.0, 3.0], dtype=torch.bfloat16))
     assert total.dtype == torch.float32
-    assert total.item() == pytest.approx(2.0)
+    assert total.item() == pytest.approx(4.0)
 
 
 def test_checks():
@@ -101,4 +102,4 @@ def test_checks():
         UncertaintyWeighting(2, classification=[True])
     with pytest.raises(ValueError, match=r"`log_variance` must have shape \(tasks,\) = \(2,\), got \(2, 1\)"):
         uncertainty_weighted_loss(torch.ones(2), torch.zeros(2, 1))
-    assert repr(UncertaintyWeighting(1)) == "UncertaintyWeighting(1, classification=[False])"
+    assert repr(UncertaintyWeighting(1)) == "UncertaintyWeighting(1, classification=[True])"

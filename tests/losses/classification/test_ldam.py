@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from losses.classification import LDAMLoss, effective_number_weights, ldam_loss, ldam_margins
@@ -166,7 +167,7 @@ def test_margins_can_be_learned():
 
 def test_reweighting_starts_when_told_and_is_state():
     logits, target = cosines(5, 3), torch.tensor([0, 1, 2, 0, 0])
-    criterion, other = LDAMLoss([900, 0, 10]), LDAMLoss([1, 1, 1])
+    criterion, other = LDAMLoss([900, 0, 10]), LDAMLoss([900, 0, 10])
     address = criterion.class_weight.data_ptr()
     before = criterion(logits, target)
     torch.testing.assert_close(before, criterion(logits, target, class_weight=torch.ones(3)))
@@ -175,8 +176,21 @@ def test_reweighting_starts_when_told_and_is_state():
     weights = effective_number_weights([900, 0, 10], 0.99)
     torch.testing.assert_close(criterion.class_weight, weights)
     torch.testing.assert_close(criterion(logits, target), criterion(logits, target, class_weight=weights))
+    assert list(criterion.state_dict()) == ["class_weight"]  # margins follow from the counts
     other.load_state_dict(criterion.state_dict())
     torch.testing.assert_close(other(logits, target), criterion(logits, target))
+
+
+def test_reweighting_compiles_nothing_anew():
+    torch.compiler.reset()
+    counter, criterion = CompileCounter(), LDAMLoss([900, 90, 10])
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    logits, target = cosines(5, 3), labels(3, 5)
+    before = compiled(logits, target)
+    criterion.start_reweighting()
+    torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
+    assert compiled(logits, target) != before
+    assert counter.frame_count == 1
 
 
 def test_margins_move_with_the_module():
@@ -221,6 +235,8 @@ def test_construction_checks(arguments, message):
     ("arguments", "message"),
     [
         ({"margins": torch.ones(2)}, r"`margins` must have shape \(classes,\) = \(3,\), got \(2,\)"),
+        ({"margins": torch.tensor([0.1, -0.1, 0.0])}, r"`margins` must lie between 0 and .*, got -0.1"),
+        ({"margins": torch.tensor([0.1, torch.nan, 0.0])}, r"`margins` must lie between 0 and .*, got nan"),
         ({"target": torch.tensor([3])}, r"`target` must lie between 0 and 2, got 3"),
         ({"target": torch.tensor([0, 1])}, r"`target` must have shape \(samples, positions...\) = \(1,\), got \(2,\)"),
         ({"scale": -1.0}, r"`scale` must be a finite number, at least 0, got -1.0"),

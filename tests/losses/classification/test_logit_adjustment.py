@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from losses.classification import (
@@ -12,9 +13,14 @@ from losses.classification import (
     LogitAdjustedLoss,
     WeightedCrossEntropyLoss,
     adjust_logits,
+    focal_loss,
+    ldam_loss,
     log_prior,
     logit_adjusted_loss,
+    seesaw_loss,
+    weighted_cross_entropy,
 )
+from losses.classification._shifted import shifted_cross_entropy
 
 GENERATOR = torch.Generator().manual_seed(23)
 COUNTS = [500, 40, 3, 1]
@@ -145,6 +151,64 @@ def test_a_controller_of_margins_sets_the_adjustment_in_place():
     torch.testing.assert_close(other(logits, target), criterion(logits, target))
 
 
+def test_a_new_adjustment_compiles_nothing_anew():
+    torch.compiler.reset()
+    counter, criterion = CompileCounter(), LogitAdjustedLoss(COUNTS)
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    logits, target = randn(6, 4), labels(4, 6)
+    before = compiled(logits, target)
+    criterion.set_adjustment([0.0, 1.0, -1.0, 2.0])
+    torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
+    assert compiled(logits, target) != before
+    assert counter.frame_count == 1
+
+
+PER_SAMPLE = {
+    "weighted": lambda z, y: weighted_cross_entropy(z, y, class_weight=torch.tensor([1.0, 2.0, 0.5, 4.0])),
+    "focal": lambda z, y: focal_loss(z, y, gamma=2.0),
+    "logit-adjusted": lambda z, y: logit_adjusted_loss(z, y, adjustment=log_prior(COUNTS)),
+    "LDAM": lambda z, y: ldam_loss(z, y, margins=torch.tensor([0.1, 0.2, 0.3, 0.5]), scale=3.0),
+    "Seesaw": lambda z, y: seesaw_loss(z, y, class_counts=COUNTS),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("positions", [(), (3,)])
+@pytest.mark.parametrize("name", PER_SAMPLE)
+def test_gradients_by_sample(name, positions):
+    """``vmap`` of ``grad``, as for differential privacy or influence, against one backward pass a sample."""
+    loss, layer = PER_SAMPLE[name], randn(5, 4)
+    data, target = randn(6, 5, *positions), labels(4, 6, *positions)
+
+    def one(weight, sample, label):
+        return loss(torch.einsum("f...,fc->c...", sample, weight).unsqueeze(0), label.unsqueeze(0))
+
+    given = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0))(layer, data, target)
+    for row, sample, label in zip(given, data, target, strict=True):
+        leaf = layer.clone().requires_grad_()
+        one(leaf, sample, label).backward()
+        torch.testing.assert_close(row, leaf.grad)
+
+
+@pytest.mark.parametrize("mapped", ["logits", "target", "shift", "margin", "all"])
+def test_the_fast_pass_under_vmap(mapped):
+    shapes = {"logits": (6, 2, 4, 3), "target": (6, 2, 3), "shift": (4, 2, 1), "margin": (6, 2, 3)}  # calls on axis 1
+    values = {name: labels(4, *shape) if name == "target" else randn(*shape) for name, shape in shapes.items()}
+    dims = {name: 1 if mapped in (name, "all") else None for name in values}
+    given = {name: value if dims[name] else value[:, 0] for name, value in values.items()}
+    given["logits"] = given["logits"].clone().requires_grad_()
+
+    def loss(logits, target, shift, margin):
+        return shifted_cross_entropy(logits, target, 2.0, shift, margin)
+
+    losses = torch.func.vmap(loss, in_dims=tuple(dims.values()))(*given.values())
+    (gradient,) = torch.autograd.grad(losses.square().sum(), given["logits"])
+    calls = [[value[:, call] if dims[name] else value for name, value in given.items()] for call in range(2)]
+    expected = torch.stack([loss(*arguments) for arguments in calls])
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), given["logits"])[0])
+
+
 def test_refused_values_leave_the_old_ones():
     criterion = LogitAdjustedLoss([1, 1])
     with pytest.raises(ValueError, match=r"`values` must be finite, got -inf"):
@@ -185,6 +249,9 @@ def test_call_checks():
     logits, target = torch.zeros(1, 3), torch.tensor([0])
     with pytest.raises(ValueError, match=r"`adjustment` must have shape \(classes,\) = \(3,\), got \(2,\)"):
         logit_adjusted_loss(logits, target, adjustment=torch.zeros(2))
+    for bad in (torch.nan, -torch.inf):
+        with pytest.raises(ValueError, match=rf"`adjustment` must lie between .*, got {bad}. `log_prior` is finite"):
+            logit_adjusted_loss(logits, target, adjustment=torch.tensor([0.0, bad, 0.0]))
     with pytest.raises(ValueError, match=r"`class_counts` must have shape \(classes,\) = \(3,\), got \(2,\)"):
         adjust_logits(logits, [1, 2])
     with pytest.raises(ValueError, match=r"`target` must lie between 0 and 2, got -1"):

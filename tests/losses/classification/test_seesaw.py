@@ -56,6 +56,15 @@ def test_against_loops(p, q, positions):
     assert mean.item() == pytest.approx(expected.sum() / (target != -100).sum().item(), rel=1e-4)
 
 
+def test_counts_may_be_a_list():
+    logits, target = randn(6, 3), labels(3, 6)
+    expected = seesaw_loss(logits, target, class_counts=torch.tensor([9, 3, 0]))
+    torch.testing.assert_close(seesaw_loss(logits, target, class_counts=[9, 3, 0]), expected)
+    for bad in (-1.0, torch.nan):
+        with pytest.raises(ValueError, match=rf"`class_counts` must lie between 0 and .*, got {bad}. Count the tr"):
+            seesaw_loss(logits, target, class_counts=[9.0, bad, 0.0])
+
+
 def test_the_targets_probability_is_bounded_in_the_compensation():
     logits, target, counts = torch.tensor([[-20.0, 5.0, 0.0]]), torch.tensor([0]), torch.ones(3)
     for eps in (0.01, 0.5):
@@ -185,7 +194,7 @@ def test_repr_builds_it_again():
         ({"num_classes": 0}, r"`num_classes` must be at least 1, got 0"),
         ({"p": -1.0}, r"`p` must be a finite number, at least 0, got -1.0"),
         ({"q": -1.0}, r"`q` must be a finite number, at least 0, got -1.0"),
-        ({"eps": 0.0}, r"`eps` must be above 0, got 0: the compensation divides by it"),
+        ({"eps": 0.0}, r"`eps` must be a finite number, above 0, up to 1, got 0.0"),
     ],
 )
 def test_construction_checks(arguments, message):

@@ -65,6 +65,20 @@ def test_missing_labels_neither_cost_nor_count():
     assert rows[~known].eq(0).all()
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_logits_of_missing_labels_are_not_looked_at(bad, gamma):
+    logits, target = randn(4, 3), labels(4, 3)
+    logits[1, 2], target[1, 2] = bad, -100
+    logits.requires_grad_()
+    loss = sigmoid_focal_loss(logits, target, gamma=gamma)
+    loss.backward()
+    known = target != -100
+    torch.testing.assert_close(loss, sigmoid_focal_loss(logits[known], target[known], gamma=gamma))
+    assert logits.grad.isfinite().all()
+    assert logits.grad[1, 2] == 0
+
+
 def test_a_row_of_logits_is_one_label_each():
     logits, target = randn(5), labels(5)
     column = sigmoid_focal_loss(logits[:, None], target[:, None], class_weight=torch.tensor([3.0]))

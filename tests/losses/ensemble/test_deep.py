@@ -139,14 +139,16 @@ def test_state_round_trip_with_masks():
 
 
 def test_masks_hide_features_of_the_first_argument():
-    model, inputs = ensemble(masks=MASKS), torch.randn(6, 4)
+    criterion, inputs = EnsembleLoss([nn.CrossEntropyLoss()] * 3, masks=MASKS), torch.randn(6, 4)
+    model = ensemble(masks=criterion.masks)
     expected = torch.stack(
         [member(inputs * torch.tensor(mask)) for member, mask in zip(model.members, MASKS, strict=True)]
     )
     torch.testing.assert_close(model.member_logits(inputs), expected)
-    views = EnsembleLoss([nn.CrossEntropyLoss()] * 3, masks=MASKS).views(inputs)
-    by_hand = torch.stack([member(view) for member, view in zip(model.members, views, strict=True)])
+    by_hand = torch.stack([member(view) for member, view in zip(model.members, criterion.views(inputs), strict=True)])
     torch.testing.assert_close(by_hand, expected)
+    torch.testing.assert_close(model(inputs).exp(), expected.softmax(dim=2).mean(dim=0))
+    assert model.masks.data_ptr() != criterion.masks.data_ptr()
     with pytest.raises(
         TypeError, match="With `masks`, the inputs that they hide features of must be the first argument"
     ):
@@ -185,8 +187,8 @@ def test_it_is_the_model_of_a_lightning_module(tmp_path):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = ensemble()
             self.criterion = EnsembleLoss([nn.CrossEntropyLoss()] * 3, masks=MASKS)
+            self.model = ensemble(masks=self.criterion.masks)
 
         def training_step(self, batch, _):
             output = self.criterion(self.model.member_logits(batch[0]), batch[1])

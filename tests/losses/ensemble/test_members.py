@@ -182,7 +182,7 @@ def test_checks_of_a_call():
         criterion.views(torch.zeros(6, 5))
     with pytest.raises(ValueError, match=r"features \(2, 2\) of `masks`, got \(6, 2\)"):
         EnsembleLoss(two_losses(), masks=torch.ones(2, 2, 2)).views(torch.zeros(6, 2))
-    with pytest.raises(TypeError, match="`inputs` must be a tensor to be masked, got list"):
+    with pytest.raises(TypeError, match="`inputs` must be a tensor, got list"):
         criterion.views([1.0])
 
 

@@ -126,9 +126,9 @@ def test_repr_builds_it_again():
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
-        (0, r"`alpha` must be above 0, got 0"),
-        (-0.1, r"`alpha` must be a finite number, between 0 and 1, got -0.1"),
-        (1.1, r"`alpha` must be a finite number, between 0 and 1, got 1.1"),
+        (0, r"`alpha` must be a finite number, above 0, up to 1, got 0"),
+        (-0.1, r"`alpha` must be a finite number, above 0, up to 1, got -0.1"),
+        (1.1, r"`alpha` must be a finite number, above 0, up to 1, got 1.1"),
         (torch.nan, r"`alpha` must be a finite number"),
     ],
 )

@@ -258,6 +258,16 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda z: group_dro_loss(z, target, group=group, group_weight=weight), (logits,))
 
 
+def test_a_bfloat16_module_does_not_lose_small_steps():
+    """Between 1/2 and 1, bfloat16 knows no number closer than 0.4 %."""
+    logits, target = separated(0.1, 1.1)
+    criterion = GroupDROLoss(2, step_size=1e-3).bfloat16()
+    for _ in range(100):
+        criterion(logits.bfloat16(), target, group=torch.tensor([0, 1]))
+    expected = torch.tensor([0.0, 0.1]).softmax(dim=0)  # a hundred steps of 1e-3 times the difference
+    torch.testing.assert_close(criterion.group_weight, expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("samples", [0, 3])
 def test_nothing_counted_keeps_the_weights(samples):
     logits = torch.randn(samples, 4, requires_grad=True)
@@ -316,7 +326,8 @@ def test_construction_checks(arguments, message):
         ({"group": torch.tensor([-1, 0])}, r"`group` must lie between 0 and 1, got -1"),
         ({"group": torch.tensor([0])}, r"`group` must have shape \(samples,\) = \(2,\), got \(1,\)"),
         ({"group_weight": torch.ones(1, 2)}, r"`group_weight` must have shape \(groups,\)"),
-        ({"group_weight": torch.tensor([0.5, -0.5])}, r"`group_weight` must be at least 0, got -0.5"),
+        ({"group_weight": torch.tensor([0.5, -0.5])}, r"`group_weight` must lie between 0 and .*, got -0.5"),
+        ({"group_weight": torch.tensor([0.5, torch.inf])}, r"`group_weight` must lie between 0 and .*, got inf"),
         ({"reduction": "max"}, r"`reduction` must be one of"),
     ],
 )
@@ -324,6 +335,11 @@ def test_call_checks(arguments, message):
     options = {"group": torch.tensor([0, 1]), "group_weight": torch.full((2,), 0.5), **arguments}
     with pytest.raises(ValueError, match=message):
         group_dro_loss(torch.zeros(2, 3), torch.tensor([0, 1]), **options)
+
+
+def test_weights_that_are_no_tensor():
+    with pytest.raises(TypeError, match=r"`group_weight` must be a tensor, got list"):
+        group_dro_loss(torch.zeros(2, 3), torch.tensor([0, 1]), group=torch.tensor([0, 1]), group_weight=[0.5, 0.5])
 
 
 def test_the_module_needs_groups_and_a_refused_call_leaves_the_weights():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -221,11 +222,46 @@ def test_strength_and_default_scale():
     model, inputs, mask = net(), randn(3, 4).requires_grad_(), torch.ones(3, 4)
     plain = input_gradient_penalty(model(inputs), inputs, mask)
     penalty = InputGradientPenalty(0.25)
-    torch.testing.assert_close(penalty(model(inputs), inputs, mask), 0.25 * plain)
+    with pytest.warns(
+        UserWarning, match="InputGradientPenalty has calibrated nothing: its scale is 1. Pass `base_loss`"
+    ):
+        torch.testing.assert_close(penalty(model(inputs), inputs, mask), 0.25 * plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        penalty(model(inputs), inputs, mask)  # says so once
     assert penalty.steps == 0
     unscaled = InputGradientPenalty(0.25, calibration_steps=0)
     given = unscaled(model(inputs), inputs, mask, base_loss=torch.tensor(7.0))
     torch.testing.assert_close(given, 0.25 * plain)
+
+
+@pytest.mark.parametrize("case", ["evaluation", "validation", "no calibration", "calibrated", "resumed"])
+def test_a_scale_of_one_that_is_meant_gives_no_warning(case):
+    model, inputs, mask = net(), randn(3, 4).requires_grad_(), torch.ones(3, 4)
+    penalty = InputGradientPenalty(calibration_steps=0 if case == "no calibration" else 5)
+    if case in ("calibrated", "resumed"):
+        run(penalty, model, [1.0])
+    if case == "resumed":
+        state, penalty = penalty.state_dict(), InputGradientPenalty(calibration_steps=5)
+        penalty.load_state_dict(state)
+    logits = model(inputs)
+    with warnings.catch_warnings(), torch.set_grad_enabled(case != "validation"):
+        warnings.simplefilter("error")
+        penalty.train(case != "evaluation")(logits, inputs, mask)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_penalty_that_overflows_while_it_is_measured_is_zero(reduction):
+    layer, inputs = nn.Linear(3, 2, bias=False), randn(4, 3).mul(1e-20).requires_grad_()
+    with torch.no_grad():
+        layer.weight.mul_(1e20)
+    penalty, mask = InputGradientPenalty(calibration_steps=2, reduction=reduction), torch.ones(4, 3)
+    assert input_gradient_penalty(layer(inputs), inputs, mask).isinf()
+    loss = penalty(layer(inputs), inputs, mask, base_loss=torch.tensor(1.0))
+    loss.sum().backward()
+    assert loss.eq(0).all()
+    assert penalty.steps == 0
+    assert layer.weight.grad.eq(0).all()
 
 
 def run(penalty, model, bases, seed=0):

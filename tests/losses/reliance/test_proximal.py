@@ -198,12 +198,13 @@ def test_a_tied_weight_is_shrunk_once():
     torch.testing.assert_close(head.weight.detach(), torch.full((3, 2), 0.9))
 
 
-def test_what_nobody_has_moved_yet_does_not_vanish_at_once():
+@pytest.mark.parametrize(("l1", "l2"), [(0.1, 0.0), (0.0, 0.1), (0.1, 0.1)])
+def test_what_nobody_has_moved_yet_does_not_vanish_at_once(l1, l2):
     """Adam's estimate of a gradient that was always zero is zero: its metric alone would allow any step."""
     embedding = nn.Embedding(4, 2)
     optimizer = torch.optim.AdamW(embedding.parameters(), lr=1e-3, weight_decay=0.0)
     before = embedding.weight.detach().clone()
-    ElasticNetPenalty(0.1, 0.0, dim=0).attach(optimizer, embedding.weight)
+    ElasticNetPenalty(l1, l2, dim=0).attach(optimizer, embedding.weight)
     embedding(torch.tensor([1])).sum().backward()
     optimizer.step()
     torch.testing.assert_close(embedding.weight[3].detach(), before[3], rtol=0, atol=0.0101)
@@ -234,6 +235,38 @@ def test_while_attached_its_value_is_a_constant():
     del optimizer
     gc.collect()
     assert penalty(layer.weight).requires_grad
+
+
+@both
+def test_a_penalty_that_is_attached_to_one_weight_still_teaches_the_others(build):
+    shrunk, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    penalty = build()
+    expected = [penalty(weights).detach() for weights in (other.weight, [shrunk.weight, other.weight])]
+    optimizer = torch.optim.AdamW(shrunk.parameters())
+    handle = penalty.attach(optimizer, shrunk.weight)
+    assert not penalty(shrunk.weight).requires_grad
+    for weights, value in zip((other.weight, [shrunk.weight, other.weight]), expected, strict=True):
+        other.weight.grad = None
+        given = penalty(weights)
+        given.backward()
+        torch.testing.assert_close(given.detach(), value)
+        assert other.weight.grad.ne(0).all()
+        assert shrunk.weight.grad is None
+    handle.remove()
+    penalty([shrunk.weight, other.weight]).backward()
+    assert shrunk.weight.grad.ne(0).all()
+
+
+@both
+def test_a_weight_that_shares_memory_with_an_attached_one_is_another(build):
+    layer, penalty = nn.Linear(4, 3), build()
+    optimizer = torch.optim.AdamW(layer.parameters())
+    penalty.attach(optimizer, layer.weight)
+    twin = nn.Parameter(layer.weight.data)
+    penalty(twin).backward()
+    assert twin.grad.ne(0).all()
+    penalty(layer.weight[:, :2]).backward()  # so is a part of it
+    assert layer.weight.grad[:, :2].ne(0).all()
 
 
 def test_attaching_twice_is_refused():
