@@ -14,11 +14,12 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: this o
 import torch
 
 from benchmarks.loss_arms import TABLES
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import keep_freed_pages, peak_bytes
 from benchmarks.paired import compare, report
 
 
 def main(folder: str = "runs/benchmarks", device: str = "cpu", *tables: str) -> None:
+    keep_freed_pages()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for title in tables or TABLES:
