@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "REDUCTIONS",
+    "ROUNDING",
     "accumulation_dtype",
     "at_least",
     "check_shape",
@@ -27,6 +28,8 @@ __all__ = [
 Value = TypeVar("Value")
 
 REDUCTIONS = ("none", "mean", "sum")
+_LARGEST = torch.finfo(torch.float16).max  # a limit beyond is none to speak of
+ROUNDING = 1e-3  # how far a share, such as an average of shares, may miss [0, 1]; half precision rounds so
 
 
 def one_of(name: str, value: Value, allowed: Collection[Value]) -> Value:
@@ -71,27 +74,36 @@ def check_shape(name: str, tensor: Tensor, expected: Sequence[int], axes: str) -
         raise ValueError(f"`{name}` must have shape {axes} = {tuple(expected)}, got {tuple(tensor.shape)}.")
 
 
-def check_within(name: str, tensor: Tensor, low: float, high: float, skip: int | None = None, advice: str = "") -> None:
+def check_within(
+    name: str,
+    tensor: Tensor,
+    low: float,
+    high: float,
+    skip: int | None = None,
+    advice: str = "",
+    slack: float = 0.0,
+) -> None:
     """Raise if a value lies outside ``[low, high]``, or is NaN, and is not ``skip``; ``advice`` says what to do then.
+
+    What misses the interval by up to ``slack`` passes: sums of shares round.
 
     Looks at values on the CPU only: on an accelerator it would make every step wait for the device, while compiling it
     would break the graph, and inside a transform of ``torch.func`` there are no values to look at.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
         return
-    bad = ~((tensor >= low) & (tensor <= high))
+    bad = ~((tensor >= low - slack) & (tensor <= high + slack))
     if skip is not None:
         bad &= tensor != skip
     if _any(bad):
-        limits = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+        limits = f"be at least {low}" if high >= _LARGEST > -low else f"lie between {low} and {high}"
         raise ValueError(f"`{name}` must {limits}, got {tensor[bad][0].item()}. {advice}".rstrip())
 
 
 def check_weights(name: str, weight: Tensor) -> None:
     """Raise if a weight is negative, infinite or NaN; looks at the CPU only, as :func:`check_within`."""
-    if weight.is_floating_point():
-        limits = 0, torch.finfo(weight.dtype).max
-        check_within(name, weight.detach(), *limits, advice="Weights are finite and not negative; zero leaves out.")
+    largest = torch.finfo(torch.float16 if weight.dtype == torch.float16 else torch.float32).max
+    check_within(name, weight.detach(), 0, largest, advice="Weights are finite and not negative; zero leaves out.")
 
 
 def check_weight_values(name: str, weight: Tensor) -> None:

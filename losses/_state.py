@@ -19,7 +19,13 @@ class StatefulLoss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self._released: set[str] = set()
+        self.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
         allow_missing_state(self)
+
+    def release_state(self, name: str) -> None:
+        """Leave a buffer out of the state dict from now on, since whoever steers it keeps it; it still loads."""
+        self._released.add(name)
 
     @property
     def learning(self) -> bool:
@@ -27,10 +33,13 @@ class StatefulLoss(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StatefulLoss:
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_floating_point():  # half precision would lose small steps, large sums
-                self._buffers[name] = buffer.to(accumulation_dtype(buffer))
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and accumulation_dtype(new) != new.dtype:
+                # half precision would lose small steps and large sums, once and for all
+                self._buffers[name] = old.to(new.device, accumulation_dtype(new))
         return self
 
 
@@ -48,7 +57,14 @@ def allow_missing_state(loss: nn.Module) -> None:
     loss.register_load_state_dict_pre_hook(_fill_in)
 
 
+def _leave_out(loss: nn.Module, state_dict: dict[str, Any], prefix: str, _: object) -> None:
+    for name in getattr(loss, "_released", ()):
+        state_dict.pop(prefix + name, None)
+
+
 def _fill_in(loss: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    for name in getattr(loss, "_released", ()):
+        state_dict.setdefault(prefix + name, loss.get_buffer(name))
     own = {prefix + name: value for name, value in loss.state_dict().items() if "." not in name}
     missing = {name: value for name, value in own.items() if name not in state_dict}
     if not missing:

@@ -48,8 +48,10 @@ def weight_table(loss: nn.Module) -> Tensor:
 
 
 def release_weights(loss: nn.Module) -> None:
-    """Take the buffer of a loss out of its state dict: whoever steers the weights from now on keeps them."""
-    loss.register_buffer(BUFFER, weight_table(loss), persistent=False)
+    """Take the buffer out of the state dict of a loss that knows how: whoever steers the weights now keeps them."""
+    release = getattr(loss, "release_state", None)
+    if release is not None:
+        release(BUFFER)
 
 
 def _weighted(module: nn.Module) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from losses._checks import REDUCTIONS, at_least, in_range, one_of
@@ -47,7 +48,8 @@ def smart_loss(
     noise outweighs the gradient, so the change is large and almost random. This loss takes the ascent from the paper,
     and a box in which its size is about that of the code.
 
-    Random noise of 1e-5 is less than half precision holds, so under autocast the closure runs in float32.
+    Random noise of 1e-5 is less than half precision holds, so under autocast the closure runs in float32, and inputs in
+    half precision start with noise of the size that they can hold.
 
     Every forward draws the random numbers (dropout masks) that the first one drew, and what is drawn afterwards is what
     one forward would have left. Modules stay in their mode; batch normalisation in training mode counts each forward as
@@ -96,7 +98,7 @@ def smart_loss(
     _check_settings(epsilon, step_size, steps, noise, reduction)
 
     def projected_ascent(start: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
-        perturbation = noise * start
+        perturbation = start * (max(noise, 2 * torch.finfo(inputs.dtype).eps) if noise > 0 else 0.0)
         for _ in range(steps):
             step = step_size * peak_normalised(gradient(perturbation))
             perturbation = project(perturbation + step, epsilon, "linf")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from losses._checks import accumulation_dtype, check_shape, check_within
+from losses._checks import ROUNDING, accumulation_dtype, check_shape, check_within
 from losses.attention._rows import FLOOR
 
 __all__ = ["Degrees", "degrees", "key_sums", "mass", "surprise"]
@@ -38,7 +38,7 @@ def degrees(name: str, mask: Tensor, valid: Tensor | None, layer: Tensor) -> Deg
     """
     batch_keys, dtype = (layer.shape[0], layer.shape[3]), accumulation_dtype(layer)
     check_shape(name, mask, batch_keys, "(batch, keys)")
-    check_within(name, mask.detach(), 0, 1)
+    check_within(name, mask.detach(), 0, 1, slack=ROUNDING)
     real = layer.new_ones(batch_keys, dtype=dtype) if valid is None else valid.to(dtype)
     return Degrees(real, mask.to(dtype) * real)
 

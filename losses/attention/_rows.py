@@ -35,7 +35,7 @@ def as_mask(name: str, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     check_within(name, mask.detach(), 0, 1, advice=_MASK_ADVICE)
-    return mask != 0
+    return mask > 0  # where nothing is checked, a mask that is added to scores is then empty, not inverted
 
 
 def check_valid(valid: Tensor | None, layer: Tensor) -> Tensor | None:

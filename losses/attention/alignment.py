@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, one_of
+from losses._checks import REDUCTIONS, ROUNDING, accumulation_dtype, check_shape, check_within, one_of
 from losses.attention._layers import as_layers, layer_mean, reduce_layers, widened
 from losses.attention._mass import key_sums
 from losses.attention._rows import FLOOR, check_query_valid, check_valid, counted_rows
@@ -158,7 +158,7 @@ def _check_links(target_mask: Tensor, layers: Sequence[Tensor]) -> None:
     for index, layer in enumerate(layers):
         expected = layer[:, 0].shape
         check_shape("target_mask", target_mask, expected, f"(batch, queries, keys) of `weights[{index}]`")
-    check_within("target_mask", target_mask.detach(), 0, 1)
+    check_within("target_mask", target_mask.detach(), 0, 1, slack=ROUNDING)
 
 
 def _links(layer: Tensor, target_mask: Tensor, valid: Tensor | None, query_valid: Tensor | None) -> Tensor:

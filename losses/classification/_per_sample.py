@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from losses._checks import (
     REDUCTIONS,
+    ROUNDING,
     accumulation_dtype,
     check_shape,
     check_tensor,
@@ -75,7 +76,8 @@ def classification_loss(
     scores = F.log_softmax(logits, dim=1, dtype=accumulation_dtype(logits))
     if target.is_floating_point():
         check_shape("target", target, logits.shape, "of `logits`")
-        check_within("target", target.detach(), 0, 1, advice="Floating targets are class probabilities.")
+        advice = "Floating targets are class probabilities."
+        check_within("target", target.detach(), 0, 1, advice=advice, slack=ROUNDING)
         if label_smoothing > 0:
             target = (1 - label_smoothing) * target.to(scores.dtype) + label_smoothing / logits.shape[1]
         losses, counted = _soft_losses(scores, target, table, modulate), None

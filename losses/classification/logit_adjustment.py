@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses._checks import accumulation_dtype, check_shape, check_within, class_counts_tensor, in_range
+from losses._checks import (
+    accumulation_dtype,
+    check_shape,
+    check_tensor,
+    check_within,
+    class_counts_tensor,
+    in_range,
+)
 from losses.classification._base import ClassificationLoss, shown_counts
 from losses.classification._per_sample import check_logits, classification_loss
 from losses.classification._shifted import shifted_classification_loss
@@ -142,6 +149,7 @@ def logit_adjusted_loss(
         "reduction": reduction,
         "ignore_index": ignore_index,
     }
+    check_tensor("target", target)
     if target.is_floating_point() or label_smoothing != 0:
         return classification_loss(logits + shift, target, label_smoothing=label_smoothing, **common)
     return shifted_classification_loss(logits, target, shift=shift, **common)

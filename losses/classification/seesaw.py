@@ -193,4 +193,4 @@ def _log_factors(logits: Tensor, index: Tensor, class_counts: Tensor, p: float, 
     mitigation = (counts_of_others - counts[index]).clamp_(max=0).mul_(p)
     scores = F.log_softmax(logits, dim=1, dtype=dtype)
     own = scores.gather(1, index).clamp_(min=math.log(eps))
-    return mitigation.add_((scores - own).clamp_(min=0), alpha=q)
+    return torch.add(mitigation, (scores - own).clamp_(min=0), alpha=q)

@@ -435,3 +435,25 @@ def test_steered_weights_leave_the_state_dict_and_all_else_stays():
     with pytest.warns(UserWarning, match=r"lacks state of LogitAdjustedLoss \(criterion.class_weight\)"):
         fresh.load_state_dict(steered.state_dict(), strict=True)
     torch.testing.assert_close(fresh.criterion.adjustment, steered.criterion.adjustment)
+
+
+class Own(nn.Module):
+    """A loss that is not ours: it is told by its buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("class_weight", torch.ones(2))
+
+
+@pytest.mark.parametrize("criterion", [lambda: WeightedCrossEntropyLoss(2), Own])
+def test_state_from_before_it_was_bound_still_loads(criterion):
+    target = Module(criterion())
+    before = copy.deepcopy(target.state_dict())
+    bound(target)
+    target.load_state_dict(before, strict=True)
+
+
+def test_a_loss_that_knows_nothing_of_it_keeps_its_weights_in_the_state_dict():
+    steered, fresh = Module(Own()), Module(Own())
+    bound(steered)
+    fresh.load_state_dict(steered.state_dict(), strict=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss
 from losses._state import allow_missing_state
 
 
@@ -179,3 +180,33 @@ def test_a_loss_without_state_is_silent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Model(criterion).load_state_dict(plain())
+
+
+@pytest.mark.parametrize(
+    "way", [lambda loss: loss.bfloat16(), lambda loss: loss.half(), lambda loss: loss.to(torch.half)]
+)
+def test_buffers_do_not_pass_through_half_precision(way):
+    loss = WeightedCrossEntropyLoss(3, [1e5, 1.001, 1e-7])
+    before = loss.class_weight.clone()
+    assert torch.equal(way(loss).class_weight, before)
+    assert loss.class_weight.dtype == torch.float32
+
+
+def test_other_dtypes_are_taken():
+    assert WeightedCrossEntropyLoss(3).double().class_weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("way", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_released_state_is_left_out_and_still_loads(way):
+    model = Model(LogitAdjustedLoss([90, 10]))
+    before = copy.deepcopy(model.state_dict())
+    before["criterion.class_weight"].fill_(3.0)
+    model.criterion.release_state("class_weight")
+    model = way(model)
+    assert [name for name in model.state_dict() if "criterion" in name] == ["criterion.adjustment"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(model.state_dict())
+        assert model.criterion.class_weight.tolist() == [1.0, 1.0]
+        model.load_state_dict(before)
+    assert model.criterion.class_weight.tolist() == [3.0, 3.0]

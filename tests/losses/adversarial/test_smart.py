@@ -128,3 +128,14 @@ def test_a_class_that_is_ruled_out_keeps_everything_finite():
     loss.backward()
     assert loss.item() > 0
     assert model.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_still_has_a_loss(dtype):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    inputs = torch.randn(8, 4)
+    expected = SMARTLoss()(net, inputs)
+    loss = SMARTLoss()(net.to(dtype), inputs.to(dtype))
+    assert expected / 3 < loss < 3 * expected
+    loss.backward()
+    assert net[0].weight.grad.ne(0).any()

@@ -321,3 +321,47 @@ def test_sample_weights_by_position():
     expected = F.cross_entropy(logits, target, reduction="none") * weight
     given = weighted_cross_entropy(logits, target, sample_weight=weight, reduction="none")
     torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
+def test_bad_weights_are_refused_at_every_call(name, bad):
+    arguments = {name: torch.tensor([1.0, bad, 1.0])}
+    with pytest.raises(ValueError, match=rf"`{name}` must be at least 0, got {bad}. Weights are finite"):
+        weighted_cross_entropy(randn(3, 3), torch.tensor([0, 1, 2]), **arguments)
+
+
+@pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
+def test_bad_whole_weights_and_lists_are_refused(name):
+    logits, target = randn(3, 3), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=rf"`{name}` must be at least 0, got -1"):
+        weighted_cross_entropy(logits, target, **{name: torch.tensor([1, -1, 1])})
+    with pytest.raises(TypeError, match=rf"`{name}` must be a tensor, got list. Pass `torch.tensor"):
+        weighted_cross_entropy(logits, target, **{name: [1.0, 1.0, 1.0]})
+
+
+@pytest.mark.parametrize("bad", [-0.5, 1.5, float("nan")])
+def test_soft_targets_are_probabilities(bad):
+    with pytest.raises(ValueError, match=rf"`target` must lie between 0 and 1, got {bad}. Floating targets"):
+        weighted_cross_entropy(randn(1, 2), torch.tensor([[1.0, bad]]))
+
+
+def test_soft_targets_may_be_rounded():
+    average = sum(0.1 * torch.tensor([[1.0, 0.0, 0.0]]) for _ in range(10))
+    assert average.max() > 1
+    assert weighted_cross_entropy(randn(1, 3), average).isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_groups_of_any_whole_dtype(dtype):
+    logits, target, table = randn(4, 3), labels(3, 4), torch.rand(2, 3)
+    expected = weighted_cross_entropy(logits, target, class_weight=table, group=torch.tensor([0, 1, 1, 0]))
+    given = weighted_cross_entropy(logits, target, class_weight=table, group=torch.tensor([0, 1, 1, 0], dtype=dtype))
+    torch.testing.assert_close(given, expected)
+
+
+def test_scores_must_be_floating_and_targets_tensors():
+    with pytest.raises(TypeError, match=r"`logits` must be floating scores before the softmax, got torch.int64"):
+        weighted_cross_entropy(labels(3, 4, 3), labels(3, 4))
+    with pytest.raises(TypeError, match="`target` must be a tensor, got list"):
+        weighted_cross_entropy(randn(2, 3), [0, 1])
