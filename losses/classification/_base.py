@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,7 +110,7 @@ class ClassWeightedLoss(StatefulLoss):
         return torch.ones(self.num_classes if self.num_groups is None else (self.num_groups, self.num_classes))
 
 
-class ClassificationLoss(ClassWeightedLoss):
+class ClassificationLoss(ClassWeightedLoss, ABC):
     """Base of the losses of logits and targets: a subclass says in ``_loss`` which function it calls."""
 
     def forward(
@@ -124,8 +125,9 @@ class ClassificationLoss(ClassWeightedLoss):
         """Return the loss; a ``class_weight`` given here replaces the buffer for this call."""
         return self._loss(logits, target, **self._common(class_weight, sample_weight, group))
 
+    @abstractmethod
     def _loss(self, logits: Tensor, target: Tensor, **common: Any) -> Tensor:
-        raise NotImplementedError
+        """Return the loss by the function of the subclass."""
 
 
 def _class_number(class_weight: Weights) -> int:

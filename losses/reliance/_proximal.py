@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def feature_rows(weight: Weights, dim: int) -> list[Tensor]:
     return rows
 
 
-class ProximalPenalty(StatefulLoss):
+class ProximalPenalty(StatefulLoss, ABC):
     """Base of the penalties on weights: a subclass says what they cost and how a proximal step shrinks them.
 
     Weights are passed at call time, so that the penalty owns none: nothing is twice in a state dict, and copies of a
@@ -181,16 +182,17 @@ class ProximalPenalty(StatefulLoss):
         """Return what a copy keeps: it is attached to no optimiser."""
         return {**self.__dict__, "_attachments": []}
 
+    @abstractmethod
     def _value(self, weight: Weights) -> Tensor:
-        raise NotImplementedError
+        """Return what the weights cost."""
 
+    @abstractmethod
     def _pulls(self, weights: list[Tensor]) -> list[Tensor]:
         """Return the size of the penalty's gradient at each entry, where it is differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _shrink(self, weights: list[Tensor], lrs: list[StepSize]) -> None:
         """Apply the proximal map in place; a learning rate is one number, or one for every entry."""
-        raise NotImplementedError
 
     def _step_sizes(self, optimizer: Optimizer, weights: list[Tensor], adaptive: bool) -> list[StepSize]:
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
