@@ -6,16 +6,21 @@ from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import TypeVar
 
-__all__ = ["at_least", "check_axes", "check_number", "in_range", "name_list", "one_of"]
+__all__ = ["at_least", "check_axes", "check_number", "in_range", "integer", "name_list", "one_of"]
 
 Value = TypeVar("Value")
 
 
-def at_least(name: str, value: int, low: int) -> int:
-    """Return ``value`` if it is an integer of at least ``low``."""
+def integer(name: str, value: int) -> int:
+    """Return ``value`` if it is an integer; a boolean is none."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {value!r}.")
-    if value < low:
+    return value
+
+
+def at_least(name: str, value: int, low: int) -> int:
+    """Return ``value`` if it is an integer of at least ``low``."""
+    if integer(name, value) < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value}.")
     return value
 

@@ -10,17 +10,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from attn_callbacks._checks import at_least
 from attn_callbacks.capture import flex
-from attn_callbacks.capture.pooling import pooled_weights
+from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.exact.reading import read_problem
 from attn_callbacks.capture.rows import check_rows, row_chunks, take_rows
 from attn_callbacks.capture.scores import fused_scores, let_through, softmax_rows, wide
+from attn_callbacks.capture.statistics import CallStatistics
 
 __all__ = ["AttentionCall"]
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionCall:
+class AttentionCall(CallStatistics):
     """One call of attention inside a model's forward, ready to be asked for its weights.
 
     Comes from one of three sources: the arguments of a fused kernel (``query``, ``key``), the input of the model's own
@@ -35,6 +36,7 @@ class AttentionCall:
         query: Queries as the kernel received them, after projection, normalisation and rotation.
         key: Keys; under grouped-query attention with fewer heads than ``query``.
         value: Values; ``None`` where they were not seen.
+        output: What the kernel returned, before the heads are merged; ``None`` where it was not seen.
         mask: ``True`` = may attend, or an additive bias.
         is_causal: Query ``i`` may attend to keys ``0..i`` (aligned at the first query, as in PyTorch).
         scale: Factor on the scores; ``None`` is ``1 / sqrt(head_dim)``.
@@ -49,6 +51,7 @@ class AttentionCall:
     Shape:
         - query: ``(batch, heads, queries, head_dim)``
         - key, value: ``(batch, key_heads, keys, head_dim)``
+        - output: ``(batch, heads, queries, head_dim)``
         - mask: four axes, broadcastable to ``(batch, heads, queries, keys)``
         - scores, recorded: ``(batch, heads, queries, keys)``
 
@@ -70,6 +73,7 @@ class AttentionCall:
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
+    output: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = False
     scale: float | None = None
@@ -199,27 +203,13 @@ class AttentionCall:
             return wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
         return softmax_rows(cast(Tensor, self.logits(rows)))
 
-    def bucketed_weights(self, query_buckets: int, key_buckets: int) -> Tensor:
-        """Pool the weights: mean over the valid queries of each bucket, sum over the keys of each bucket.
+    def _problem(self) -> Problem | None:
+        return read_problem(self)
 
-        Rows of queries still sum to one (to zero where a bucket has no valid query). Exact; works on a few rows at a
-        time, so that a long sequence needs no memory of ``queries x keys``.
-
-        Args:
-            query_buckets: Number of equal parts of the queries, at most as many as there are queries.
-            key_buckets: Likewise of the keys.
-
-        Shape:
-            - output: ``(batch, heads, query_buckets, key_buckets)``
-
-        Raises:
-            ValueError: If there are more buckets than queries or keys.
-        """
-        queries, keys = self.shape[2:]
-        parts = (at_least("query_buckets", query_buckets, 1), at_least("key_buckets", key_buckets, 1))
-        if parts[0] > queries or parts[1] > keys:
-            raise ValueError(f"Buckets must be at most (queries, keys) = {(queries, keys)}, got {parts}.")
-        return pooled_weights(self.weights, self.query_valid, self.shape, parts)
+    @property
+    def _has_matrix(self) -> bool:
+        learned = self.mask is not None and self.mask.requires_grad and torch.is_grad_enabled()
+        return self.query is None or learned  # for a learned bias the model took the kernel that builds the matrix
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}

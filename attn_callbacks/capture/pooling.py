@@ -1,4 +1,4 @@
-"""Attention of long sequences in few numbers: parts of the queries against parts of the keys."""
+"""Attention of long sequences in few numbers, added up a few rows at a time where no kernel can do it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attn_callbacks.capture.rows import row_chunks
 
-__all__ = ["pooled_weights"]
+__all__ = ["pooled_weights", "received_from_rows"]
 
 
 def pooled_weights(
@@ -38,3 +38,12 @@ def pooled_weights(
         total = total.index_add(2, places[rows], pooled)
         count = count.index_add(2, places[rows], (own.sum(dim=-1) > 0).float())
     return total / count.clamp_min(1.0)[..., None]
+
+
+def received_from_rows(weights: Callable[[Tensor], Tensor], valid: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Add up the weights that each key gets from the valid queries, ``(batch, heads, keys)``; arguments as above."""
+    batch, heads, queries, keys = shape
+    total = torch.zeros(batch, heads, keys, device=valid.device)
+    for rows in row_chunks(queries, valid.device):
+        total = total + (weights(rows) * valid[:, None, rows, None]).sum(dim=2)
+    return total

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import check_axes
+from attn_callbacks.functional._frame import Frame, frame_of
 from attn_callbacks.functional.entropy import row_entropy
 from attn_callbacks.functional.rows import row_mean
 
-__all__ = ["STATISTICS", "head_statistics"]
+__all__ = ["STATISTICS", "head_statistics", "logit_statistics"]
 
 STATISTICS: tuple[str, ...] = (
     "entropy",
@@ -24,6 +25,8 @@ STATISTICS: tuple[str, ...] = (
     "max_logit",
 )
 """Names along the last axis of `head_statistics`, in order."""
+
+_MEANS = STATISTICS[:-1]  # means over rows; the last one, the largest logit, is a maximum
 
 
 def head_statistics(
@@ -56,7 +59,7 @@ def head_statistics(
     not exist for it: outside the sequence, padding, or disallowed. So ``next_mass`` is NaN under a causal mask given
     as ``allowed``. Positions count along the sequence; image patches are in raster order.
 
-    Everything is computed in float32 without gradients, at a few passes over ``weights``.
+    Everything is computed in float32 without gradients, at about ten passes over ``weights``.
 
     Args:
         weights: Attention weights, each row summing to one; a row of zeros is invalid.
@@ -98,122 +101,131 @@ def head_statistics(
         Attention Sinks", 2023 (first token). ``long_range`` is ours.
     """
     check_axes("weights", weights, 4)
-    if not long_range > 0:
-        raise ValueError(f"`long_range` must be above 0, got {long_range}.")
     weights = weights.detach().float()
-    allowed = _allowed_pairs(weights, allowed, key_valid)
-    valid = _valid_rows(weights, allowed, valid)
-    tokens = _tokens(weights, allowed) if key_valid is None else key_valid.bool()
-    values = _shape_values(weights, allowed, valid)
-    values["first_mass"] = _mass_at(weights, allowed, valid, tokens.to(torch.uint8).argmax(dim=-1)[:, None])
-    if square:
-        queries = _query_positions(weights, positions)
-        limit = long_range * tokens.sum(dim=-1).float() if long_range < 1 else weights.new_tensor([long_range])
-        values.update(_position_values(weights, allowed, valid, queries, limit))
-    if logits is not None:
-        values["max_logit"] = _max_logit(weights, logits, allowed, valid)
-    missing = weights.new_full(weights.shape[:2], torch.nan)
-    return torch.stack([values.get(name, missing) for name in STATISTICS], dim=-1)
+    frame = frame_of(
+        weights,
+        weights.sum(dim=-1) != 0,
+        positions=positions,
+        allowed=allowed,
+        valid=valid,
+        key_valid=key_valid,
+        long_range=long_range,
+        square=square,
+    )
+    if logits is None:
+        top = weights.new_full((1, 1, 1), torch.nan)
+    else:
+        top = _top_logit(weights, logits, None if allowed is None and key_valid is None else frame.allowed)
+    return _averages(weights, row_entropy(weights), weights.amax(dim=-1), top, frame)
 
 
-def _shape_values(weights: Tensor, allowed: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """Statistics of a row that know nothing of positions."""
-    entropy = row_entropy(weights)  # (batch, heads, rows)
-    choices = allowed.sum(dim=-1)
-    several = choices > 1
+def logit_statistics(
+    logits: Tensor,
+    *,
+    positions: Tensor | None = None,
+    allowed: Tensor | None = None,
+    valid: Tensor | None = None,
+    key_valid: Tensor | None = None,
+    long_range: float = 0.25,
+    square: bool = True,
+) -> Tensor:
+    """Compute `head_statistics` of the softmax of ``logits``, at half the cost of the two calls.
+
+    The entropy of a softmax needs no logarithm of its weights: it is the log-sum-exp less the expected logit. It comes
+    with the rounding of float32 logits, about ``1e-7`` times the largest of them.
+
+    Args:
+        logits: Scores before the softmax, ``-inf`` (or far below all others) wherever ``allowed`` is ``False``; a row
+            of ``-inf`` alone is invalid. Stays as it is.
+        positions: This and all that follows are as in `head_statistics`.
+
+    Shape:
+        - logits: ``(batch, heads, rows, keys)``
+        - output: ``(batch, heads, statistics)``, float32, along `STATISTICS`; NaN where a statistic has no row
+
+    Raises:
+        ValueError: As `head_statistics`.
+
+    Example:
+        >>> logits = torch.tensor([[[[1.0, 0.0], [1.0, 9.0]]]]).log()
+        >>> values = logit_statistics(logits, allowed=torch.ones(2, 2, dtype=torch.bool).tril())[0, 0]
+        >>> {name: round(value, 4) for name, value in zip(STATISTICS[:4], values.tolist())}
+        {'entropy': 0.1625, 'entropy_normalised': 0.469, 'confidence': 0.95, 'distance': 0.05}
+    """
+    check_axes("logits", logits, 4)
+    lowest = torch.finfo(torch.float32).min
+    finite = logits.detach().float().clamp_min(lowest)  # 0 * -inf would be NaN
+    top = finite.amax(dim=-1)
+    weights = finite.softmax(dim=-1)
+    highest = weights.amax(dim=-1)
+    log_sum = top - highest.log()
+    # The sum of the weights is one but for rounding, which a large log-sum-exp would multiply.
+    entropy = (weights.sum(dim=-1) * log_sum - finite.mul_(weights).sum(dim=-1)).clamp_min(0.0)
+    frame = frame_of(
+        weights,
+        top != lowest,
+        positions=positions,
+        allowed=allowed,
+        valid=valid,
+        key_valid=key_valid,
+        long_range=long_range,
+        square=square,
+    )
+    return _averages(weights, entropy, highest, top, frame)
+
+
+def _averages(weights: Tensor, entropy: Tensor, highest: Tensor, top: Tensor, frame: Frame) -> Tensor:
+    """Average the statistics of the rows that have them; ``entropy``, ``highest``, ``top``: ``(batch, heads, rows)``.
+
+    All statistics go through one reduction: on small rows the number of calls is what costs.
+    """
+    normalised = entropy / frame.choices.clamp_min(2).log()
+    rows = {
+        "entropy": (entropy, frame.valid),
+        "entropy_normalised": (normalised, frame.valid & (frame.choices > 1)),
+        "confidence": (highest, frame.valid),
+        **_masses(weights, frame),
+        **_distances(weights, frame),
+    }
+    missing = (torch.zeros_like(entropy), torch.zeros_like(frame.valid))
+    values, counted = (torch.stack(parts, dim=-2) for parts in zip(*(rows.get(name, missing) for name in _MEANS)))
+    top = top.masked_fill(~frame.valid, -torch.inf).amax(dim=-1)
+    top = top.masked_fill(top == -torch.inf, torch.nan)
+    return torch.cat([row_mean(values, counted), top[..., None]], dim=-1)
+
+
+def _distances(weights: Tensor, frame: Frame) -> dict[str, tuple[Tensor, Tensor]]:
+    """Statistics of how far a row looks."""
+    if frame.queries is None:
+        return {}
+    keys = torch.arange(weights.shape[-1], dtype=torch.float32, device=weights.device)
+    steps = (frame.queries[:, None, :, None] - keys).abs_()  # (batch or 1, 1, rows, keys): small beside the weights
+    far = (steps > frame.limit[:, None, None, None]).float()
     return {
-        "entropy": row_mean(entropy, valid),
-        "entropy_normalised": row_mean(entropy / choices.clamp_min(2).log(), valid & several),
-        "confidence": row_mean(weights.amax(dim=-1), valid),
+        "distance": ((weights * steps).sum(dim=-1), frame.valid),
+        "long_range_mass": ((weights * far).sum(dim=-1), frame.valid),
     }
 
 
-def _position_values(
-    weights: Tensor, allowed: Tensor, valid: Tensor, queries: Tensor, limit: Tensor
-) -> dict[str, Tensor]:
-    """Statistics that compare the row's position ``queries (batch or 1, rows)`` with those of the keys."""
-    steps = (queries[..., None] - torch.arange(weights.shape[-1], device=weights.device)).abs().float()[:, None]
-    values = {
-        "distance": row_mean((weights * steps).sum(dim=-1), valid),
-        "long_range_mass": row_mean((weights * (steps > limit[:, None, None, None]).float()).sum(dim=-1), valid),
-    }
-    for name, offset in (("self_mass", 0), ("previous_mass", -1), ("next_mass", 1)):
-        values[name] = _mass_at(weights, allowed, valid, queries + offset)
-    return values
-
-
-def _mass_at(weights: Tensor, allowed: Tensor, valid: Tensor, key: Tensor) -> Tensor:
-    """Mean weight on one key a row, ``key (batch or 1, rows or 1)``, over the rows that may attend to it."""
+def _masses(weights: Tensor, frame: Frame) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight on single keys of each row, which counts where the row may attend to that key."""
     batch, heads, rows, keys = weights.shape
-    index = key.clamp(0, keys - 1)[:, None, :, None].expand(batch, heads, rows, 1)
-    mass = weights.gather(-1, index)[..., 0]
-    may = allowed.expand(batch, -1, rows, keys)
-    exists = may.gather(-1, index[:, : may.shape[1]])[..., 0] & ((key >= 0) & (key < keys))[:, None]
-    return row_mean(mass, valid & exists)
+    wanted = {"first_mass": frame.first[:, None].expand(-1, rows)}
+    if frame.queries is not None:
+        queries = frame.queries.expand(batch, -1)
+        wanted |= {"self_mass": queries, "previous_mass": queries - 1, "next_mass": queries + 1}
+    key = torch.stack(list(wanted.values()), dim=-1)[:, None]  # (batch, 1, rows, statistics)
+    index = key.clamp(0, keys - 1).expand(-1, heads, -1, -1)
+    may = frame.allowed.expand(batch, -1, rows, keys)
+    exists = may.gather(-1, index[:, : may.shape[1]]) & (key == key.clamp(0, keys - 1)) & frame.valid[..., None]
+    mass = weights.gather(-1, index).unbind(dim=-1)
+    return dict(zip(wanted, zip(mass, exists.unbind(dim=-1), strict=True), strict=True))
 
 
-def _max_logit(weights: Tensor, logits: Tensor, allowed: Tensor, valid: Tensor) -> Tensor:
+def _top_logit(weights: Tensor, logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Largest logit of every row ``(batch, heads, rows)``."""
     if logits.shape != weights.shape:
         expected = tuple(weights.shape)
         raise ValueError(f"`logits` must have the shape of `weights` {expected}, got {tuple(logits.shape)}.")
-    highest = logits.detach().float().where(allowed, -torch.inf).amax(dim=-1)  # (batch, heads, rows)
-    highest = highest.where(valid, -torch.inf).amax(dim=-1)
-    return highest.masked_fill(highest == -torch.inf, torch.nan)
-
-
-def _allowed_pairs(weights: Tensor, allowed: Tensor | None, key_valid: Tensor | None) -> Tensor:
-    """Return which pairs may attend as bool with four axes, broadcastable to ``weights`` except along keys."""
-    batch, _, _, keys = weights.shape
-    pairs = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=weights.device)
-    if allowed is not None:
-        try:
-            allowed.expand(weights.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"`allowed` must be broadcastable to `weights` {tuple(weights.shape)}, got {tuple(allowed.shape)}."
-            ) from None
-        pairs = pairs & allowed.bool()
-    if key_valid is not None:
-        if key_valid.shape != (batch, keys):
-            raise ValueError(
-                f"`key_valid` must have shape (batch, keys) = {(batch, keys)}, got {tuple(key_valid.shape)}."
-            )
-        pairs = pairs & key_valid.bool()[:, None, None]
-    return pairs
-
-
-def _valid_rows(weights: Tensor, allowed: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the rows that count ``(batch, heads, rows)``: wanted, with an allowed key and with weight on it."""
-    attends = (weights.sum(dim=-1) != 0) & allowed.any(dim=-1)
-    if valid is None:
-        return attends
-    batch, heads, rows, _ = weights.shape
-    if valid.shape not in ((batch, rows), (batch, heads, rows)):
-        raise ValueError(
-            f"`valid` must have shape (batch, rows) = {(batch, rows)} or (batch, heads, rows) = "
-            f"{(batch, heads, rows)}, got {tuple(valid.shape)}."
-        )
-    return attends & (valid if valid.dim() == 3 else valid[:, None]).bool()
-
-
-def _tokens(weights: Tensor, allowed: Tensor) -> Tensor:
-    """Return the keys that any row of a sample may attend to, ``(batch, keys)``."""
-    return allowed.any(dim=2).any(dim=1).expand(weights.shape[0], -1)
-
-
-def _query_positions(weights: Tensor, positions: Tensor | None) -> Tensor:
-    """Return the query index of each row, ``(batch or 1, rows)``."""
-    batch, _, rows, keys = weights.shape
-    if positions is None:
-        if rows != keys:
-            raise ValueError(
-                f"`positions` must say which query each row is when {rows} rows meet {keys} keys. "
-                "For cross-attention pass `square=False`."
-            )
-        return torch.arange(rows, device=weights.device)[None]
-    if positions.shape not in ((rows,), (batch, rows)):
-        raise ValueError(
-            f"`positions` must have shape (rows,) = {(rows,)} or (batch, rows) = {(batch, rows)}, "
-            f"got {tuple(positions.shape)}."
-        )
-    return positions if positions.dim() == 2 else positions[None]
+    logits = logits.detach().float()
+    return (logits if allowed is None else logits.where(allowed, -torch.inf)).amax(dim=-1)

@@ -1,0 +1,197 @@
+"""Who answers a question to a call: a fused kernel, the matrix that the model made, or a sample of rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.capture.exact import chosen, distribution, received
+from attn_callbacks.capture.exact.problem import Problem, cut, in_parts
+from attn_callbacks.capture.exact.reading import with_separated_bias
+from attn_callbacks.capture.plain import PlainRows
+from attn_callbacks.capture.pooling import pooled_weights, received_from_rows
+from attn_callbacks.capture.row_statistic import RowStatistic
+from attn_callbacks.capture.rows import row_chunks
+from attn_callbacks.capture.scores import softmax_rows, wide
+from attn_callbacks.functional.rows import stratified_rows
+
+__all__ = ["AskedCall"]
+
+_ROWS = 64  # of the sample that stands in where no identity holds
+
+
+class AskedCall(ABC):
+    """The part of a call that finds who answers."""
+
+    is_cross: bool
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """``(batch, heads, queries, keys)``."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+
+    @property
+    @abstractmethod
+    def query_valid(self) -> Tensor:
+        """``(batch, queries)``."""
+
+    @property
+    @abstractmethod
+    def key_valid(self) -> Tensor:
+        """``(batch, keys)``."""
+
+    @abstractmethod
+    def allowed(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Where a query may attend."""
+
+    @abstractmethod
+    def logits(self, rows: Tensor | Sequence[int] | None = None) -> Tensor | None:
+        """Scores of some rows."""
+
+    @abstractmethod
+    def weights(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Weights of some rows."""
+
+    @abstractmethod
+    def _problem(self) -> Problem | None:
+        """What a kernel can compute."""
+
+    @property
+    @abstractmethod
+    def _has_matrix(self) -> bool:
+        """The model made the whole matrix itself."""
+
+    def _ask(
+        self, exact: Callable[..., Tensor], plain: Callable[..., Tensor], *features: Tensor, uses_logsumexp: bool = True
+    ) -> RowStatistic:
+        """Ask the kernel, ``exact(problem, *features)``, or else rows of weights, ``plain(rows, *features)``."""
+        with torch.autocast(self.device.type, enabled=False):
+            problem = self._posed(uses_logsumexp)
+            if problem is None:
+                return self._ask_rows(lambda rows: plain(rows, *features))
+            width = sum(own.shape[-1] for own in features)
+            return _answer(_parts(problem, exact, *features, width=width), self._counted(problem))
+
+    def _ask_entropy(self, features: Tensor) -> tuple[RowStatistic, RowStatistic]:
+        with torch.autocast(self.device.type, enabled=False):
+            problem = self._problem()
+            whole = None if problem is None else with_separated_bias(problem)
+            if whole is None:
+                entropy = self._ask_rows(lambda rows: rows.entropy())
+                return entropy, self._ask(
+                    distribution.expectation, lambda rows, own: rows.expectation(own), features, uses_logsumexp=False
+                )
+
+            def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor, ...]:
+                return distribution.entropy_and_expectation(part, cut(features, batch, heads))
+
+            width = whole.query.shape[-1] + features.shape[-1]
+            entropies, expected, vars(self)["_logsumexp"] = in_parts(whole, width, compute)
+            counted = self._counted(whole)
+            return _answer(entropies, counted), _answer(expected, counted)
+
+    def _ask_keys(self, keys: Tensor, exists: Tensor) -> RowStatistic:
+        """Ask for the weight of every query on ``keys (batch | 1, queries | 1, n)``, as far as they exist."""
+        with torch.autocast(self.device.type, enabled=False):
+            problem = self._posed(uses_logsumexp=True)
+            if problem is None:
+                return self._ask_rows(lambda rows: rows.key_mass(keys, exists), lambda rows: rows.may_see(keys, exists))
+            allowed = chosen.may_see(problem, keys) & exists[:, None]
+            allowed = allowed.expand(len(problem.query), -1, -1, -1)
+
+            def mass(part: Problem, own_keys: Tensor, own_allowed: Tensor) -> Tensor:
+                return chosen.key_mass(part, own_keys[:, 0], own_allowed).sum(dim=-1)
+
+            values = _parts(problem, mass, keys[:, None], allowed)
+            return _answer(values, self._counted(problem) & allowed.any(dim=-1))
+
+    def _choices(self) -> Tensor:
+        problem = self._problem()
+        if problem is None:
+            known = self.key_valid[:, None, None]
+            chunks = row_chunks(self.shape[2], self.device)
+            counts = [(self.allowed(rows) & known).sum(dim=-1).expand(-1, -1, len(rows)) for rows in chunks]
+            return torch.cat(counts, dim=2)
+        gone = torch.zeros_like(self.key_valid, dtype=problem.query.dtype).masked_fill(~self.key_valid, -torch.inf)
+        bias = gone[:, None, None] if problem.key_bias is None else problem.key_bias + gone[:, None, None]
+        return replace(problem, key_bias=bias).choices()
+
+    def _received(self) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            problem = self._posed(uses_logsumexp=True)
+            if problem is None:
+                return received_from_rows(self.weights, self.query_valid, self.shape)
+            return wide(_parts(problem, received.received_mass, self._counted(problem)))
+
+    def _pooled(self, parts: tuple[int, int]) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            problem = self._posed(uses_logsumexp=False)
+            if problem is None:
+                return pooled_weights(self.weights, self.query_valid, self.shape, parts)
+
+            def pooled(part: Problem, counted: Tensor) -> Tensor:
+                return received.bucketed_weights(part, counted, parts)
+
+            return wide(_parts(problem, pooled, self._counted(problem), width=parts[1]))
+
+    def _ask_rows(
+        self, plain: Callable[[PlainRows], Tensor], counts: Callable[[PlainRows], Tensor] | None = None
+    ) -> RowStatistic:
+        """Ask rows of weights: all of them where the matrix exists, else a stratified sample."""
+        batch, _, queries, _ = self.shape
+        sample, drawn = None, self.query_valid
+        if self._has_matrix or queries <= _ROWS:
+            chunks = [rows.expand(batch, -1) for rows in row_chunks(queries, self.device)]
+        else:
+            sample, drawn = stratified_rows(self.query_valid, _ROWS, torch.Generator().manual_seed(0))
+            chunks = [sample]
+        values, alive = [], []
+        for rows in chunks:
+            own = self._plain_rows(rows)
+            values.append(plain(own))
+            alive.append(own.alive() if counts is None else own.alive() & counts(own))
+        counted = torch.cat(alive, dim=2) & drawn[:, None]
+        return _answer(torch.cat(values, dim=2), counted, sample)
+
+    def _plain_rows(self, rows: Tensor) -> PlainRows:
+        logits = self.logits(rows)
+        weights = self.weights(rows) if logits is None else softmax_rows(logits)
+        return PlainRows(weights, logits, self.allowed(rows), rows)
+
+    def _posed(self, uses_logsumexp: bool) -> Problem | None:
+        """Return what a kernel has to compute, with the log-sum-exp that several statistics are made of."""
+        problem = self._problem()
+        if problem is None or distribution.is_live(problem):
+            return problem
+        if uses_logsumexp and "_logsumexp" not in vars(self):  # a frozen call always answers the same: keep it
+            vars(self)["_logsumexp"] = _parts(problem, distribution.logsumexp)
+        return replace(problem, known_logsumexp=vars(self).get("_logsumexp"))
+
+    def _counted(self, problem: Problem) -> Tensor:
+        """Valid queries with a key to attend to, ``(batch, heads | 1, queries)``."""
+        return self.query_valid[:, None] & (problem.choices() > 0)
+
+
+def _parts(problem: Problem, exact: Callable[..., Tensor], *tensors: Tensor, width: int = 0) -> Tensor:
+    """Compute for some samples and heads at a time; ``tensors (batch | 1, heads | 1, ...)`` are cut alike."""
+
+    def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor]:
+        return (exact(part, *(cut(tensor, batch, heads) for tensor in tensors)),)
+
+    return in_parts(problem, width, compute)[0]
+
+
+def _answer(values: Tensor, counted: Tensor, rows: Tensor | None = None) -> RowStatistic:
+    shape = values.shape[:3]
+    counted = counted.expand(shape)
+    own = counted if values.ndim == 3 else counted[..., None]
+    return RowStatistic(wide(values).where(own, 0.0), counted, rows)

@@ -1,0 +1,84 @@
+"""The statistics of every head over all rows, from a handful of fused calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.capture.call import AttentionCall
+from attn_callbacks.capture.row_statistic import RowStatistic
+from attn_callbacks.capture.rows import take_rows
+from attn_callbacks.capture.sampled import sampled_head_statistics
+from attn_callbacks.functional.statistics import STATISTICS
+
+__all__ = ["exact_head_statistics"]
+
+
+def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tensor, long_range: float = 0.25) -> Tensor:
+    """Compute :func:`~attn_callbacks.functional.head_statistics` over all rows without the weights.
+
+    Costs about two forwards of the fused kernel, in ``O(queries * head_dim)`` memory. The largest weight and the largest
+    logit need rows of scores: they come from the drawn rows. So does everything behind a FlexAttention ``score_mod``;
+    the entropies under a bias that is not one of the query plus one of the key (T5) come from a sample of their own.
+
+    Args:
+        call: Any call.
+        rows: Indices of the drawn queries ``(batch, rows)``; ``None``: all of them.
+        drawn: ``True`` for the drawn rows that are real, ``(batch, rows)``.
+        long_range: What counts as far away, as in ``head_statistics``.
+
+    Shape:
+        - output: ``(batch, heads, statistics)``, float32, along ``STATISTICS``; NaN where a statistic has no row
+
+    Example:
+        >>> from attn_callbacks.capture import AttentionCall
+        >>> call = AttentionCall("attention", query=torch.zeros(1, 1, 4, 8), key=torch.zeros(1, 1, 4, 8))
+        >>> values = exact_head_statistics(call, None, call.query_valid)[0, 0]
+        >>> {name: round(value, 4) for name, value in zip(STATISTICS[:4], values.tolist())}
+        {'entropy': 1.3863, 'entropy_normalised': 1.0, 'confidence': 0.25, 'distance': 1.25}
+    """
+    call = call.detach()
+    if call.query is None:
+        return sampled_head_statistics(call, None, call.query_valid, long_range)  # the matrix exists: read all of it
+    values = sampled_head_statistics(call, rows, drawn, long_range)
+    if call.score_mod is not None:
+        return values
+    exact = {name: statistic.mean().float() for name, statistic in _row_statistics(call, long_range).items()}
+    return torch.stack([exact.get(name, values[..., index]) for index, name in enumerate(STATISTICS)], dim=-1)
+
+
+def _row_statistics(call: AttentionCall, long_range: float) -> dict[str, RowStatistic]:
+    """Everything but the largest weight and logit."""
+    _, _, queries, keys = call.shape
+    entropy, position = call.entropy_and_expectation(torch.arange(keys, device=call.device)[:, None])
+    found = {
+        "entropy": entropy,
+        "entropy_normalised": _normalised(entropy, call.choices()),
+        "first_mass": call.first_mass(),
+    }
+    if call.is_cross or queries != keys:
+        return found
+    return found | {
+        "distance": call.mean_distance(position),
+        "long_range_mass": call.far_mass(_limit(call, long_range)),
+        "self_mass": call.offset_mass(0),
+        "previous_mass": call.offset_mass(-1),
+        "next_mass": call.offset_mass(1),
+    }
+
+
+def _normalised(entropy: RowStatistic, choices: Tensor) -> RowStatistic:
+    """Entropy over the logarithm of a row's choices; rows with a single one do not count."""
+    choices = take_rows(choices[..., None], entropy.rows)[..., 0]
+    share = entropy.values / choices.clamp_min(2).log()
+    return RowStatistic(share, entropy.counted & (choices > 1), entropy.rows)
+
+
+def _limit(call: AttentionCall, long_range: float) -> int | Tensor:
+    """Largest distance that is not far; a number for all samples where that is known without looking at a mask."""
+    if long_range >= 1:
+        return int(long_range)
+    if call.mask is None and call.mask_mod is None and call.given_key_valid is None:
+        tokens = torch.tensor(float(min(call.shape[2:])))
+        return int(long_range * tokens)
+    return (long_range * call.key_valid.sum(dim=-1).float()).long()

@@ -1,0 +1,158 @@
+"""One call of a fused kernel that also hands out the log-sum-exp of every row, on whatever device the tensors are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["attend"]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, float], tuple[Tensor, Tensor]]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, is_causal: bool = False, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute ``softmax(scale * query @ key + bias) @ value`` and the log-sum-exp of the scores.
+
+    Every fused kernel computes the log-sum-exp for its backward; the public function does not return it, the operators
+    below it do. They are private, so that each is checked once against the plain formula before it is trusted; the
+    public function stands in for one that is missing or wrong.
+
+    The output carries a graph, the log-sum-exp does not: a kernel has no derivative for it.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Anything to average under attention; its width may differ from ``head_dim``.
+        bias: Added to the scores; ``-inf`` where a query may not attend.
+        is_causal: Query ``i`` may attend to keys ``0..i``.
+        scale: Factor on the scores.
+
+    Shape:
+        - query: ``(batch, heads, queries, head_dim)``
+        - key: ``(batch, key_heads, keys, head_dim)``
+        - value: ``(batch, key_heads, keys, width)``
+        - bias: four axes, broadcastable to ``(batch, heads, queries, keys)``
+        - output: ``(batch, heads, queries, width)`` and ``(batch, heads, queries)``; a row without keys has the output
+          zero and an undefined log-sum-exp
+    """
+    if 0 in (*query.shape, *key.shape):  # kernels divide by the number of rows
+        return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
+    width = value.shape[-1]
+    if width != query.shape[-1] or query.is_cuda:  # fused kernels take one width, on a GPU a multiple of eight
+        widest = max(width, query.shape[-1])
+        widest += -widest % 8
+        query, key, value = (F.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in (query, key, value))
+    kernel = _kernel(query.device.type, query.dtype, bias is not None)
+    output, logsumexp = kernel(query, key, value, bias, is_causal, scale)
+    return output[..., :width], logsumexp.detach()
+
+
+@cache
+def _kernel(device: str, dtype: torch.dtype, has_bias: bool) -> Kernel:
+    """Choose the kernel that the model's own attention uses on this device, if it passes its check."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    choices: dict[str, list[Kernel]] = {
+        "cpu": [_cpu_flash],
+        "cuda": [_efficient] if has_bias or not half else [_cuda_flash, _efficient],
+    }
+    for kernel in choices.get(device, []):
+        problem = _trial_error(kernel, device, dtype, has_bias)
+        if problem is None:
+            return kernel
+        warnings.warn(
+            f"The fused kernel `{kernel.__name__[1:]}` of torch {torch.__version__} cannot be used on {device}: "
+            f"{problem}. Exact statistics take a slower way there, with the same results.",
+            stacklevel=2,
+        )
+    return _public
+
+
+def _cpu_flash(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, logsumexp = operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
+    return output, logsumexp
+
+
+def _cuda_flash(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    del bias  # has none
+    operator = torch.ops.aten._scaled_dot_product_flash_attention
+    output, logsumexp = operator(query, key, value, 0.0, is_causal, False, scale=scale)[:2]
+    return output, logsumexp
+
+
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    heads, group = query.shape[1], query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (key, value))
+    if bias is not None:  # the kernel reads aligned rows
+        keys = key.shape[2]
+        bias = F.pad(bias.expand(*bias.shape[:3], keys), (0, -keys % 16))
+        bias = bias[..., :keys].expand(len(query), heads, query.shape[2], keys)
+    operator = torch.ops.aten._scaled_dot_product_efficient_attention
+    output, logsumexp = operator(query, key, value, bias, True, 0.0, is_causal, scale=scale)[:2]
+    return output, logsumexp[..., : query.shape[2]]  # comes padded
+
+
+def _public(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Read the log-sum-exp off the weight ``w`` of one more key with the known score ``s``: ``log((1 - w) / w) + s``.
+
+    The mean of the keys is that key: its score lies among the others, so that ``w`` is neither lost nor everything.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (key, value))
+    batch, heads, queries, width = query.shape
+    extra = key.mean(dim=2, keepdim=True).detach()
+    keys = torch.cat([extra, key], dim=2)
+    indicator = F.pad(value.new_ones(batch, heads, 1, 1), (0, width - 1, 0, key.shape[2]))
+    if is_causal:  # one more query as well keeps the diagonal in its place
+        query = F.pad(query, (0, 0, 1, 0))
+    mask = None if bias is None else F.pad(bias.expand(*bias.shape[:3], key.shape[2]), (1, 0))
+    if mask is not None and is_causal:
+        rows = mask.expand(*mask.shape[:2], queries, mask.shape[3])
+        future = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+        mask = F.pad(rows.masked_fill(F.pad(future, (1, 0)), -torch.inf), (0, 0, 1, 0))
+    causal = is_causal and mask is None
+    attention = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=scale)
+    with torch.no_grad():
+        share = attention(query, keys, indicator)[..., 0]
+    mixed = attention(query, keys, F.pad(value, (0, 0, 1, 0)))
+    if is_causal:
+        query, share, mixed = query[:, :, 1:], share[:, :, 1:], mixed[:, :, 1:]
+    known = scale * (query * extra).sum(dim=-1).detach()
+    rest = (1.0 - share).clamp_min(torch.finfo(share.dtype).tiny)
+    logsumexp = rest.log() - share.clamp_min(torch.finfo(share.dtype).tiny).log() + known
+    return mixed / rest[..., None], logsumexp
+
+
+def _trial_error(kernel: Kernel, device: str, dtype: torch.dtype, has_bias: bool) -> str | None:
+    """Say what is wrong with a kernel, after one small call of it."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 2, 24, 8, generator=generator, device="cpu").to(device, dtype) for _ in range(3)
+    )
+    bias = torch.randn(1, 1, 1, 24, generator=generator, device="cpu").to(device, dtype) if has_bias else None
+    scores = 0.5 * query.double() @ key.double().mT + (0.0 if bias is None else bias.double())
+    scores = scores.masked_fill(torch.ones(24, 24, dtype=torch.bool, device=device).triu(1), -torch.inf)
+    try:
+        with torch.no_grad():
+            output, logsumexp = kernel(query, key, value, bias, True, 0.5)
+        errors = (output - scores.softmax(dim=-1) @ value.double(), logsumexp - scores.logsumexp(dim=-1))
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return str(error).partition("\n")[0]
+    worst = max(float(error.abs().max()) for error in errors)
+    tolerance = 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return None if worst < tolerance else f"its results are off by {worst:.2g}"

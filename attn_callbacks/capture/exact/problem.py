@@ -1,0 +1,196 @@
+"""Attention in the form that kernels take it, and the cuts, flips and transposes that statistics need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.capture.exact.kernel import attend
+from attn_callbacks.capture.exact.pairs import PairMask, block_rows
+
+__all__ = ["Problem", "cut", "in_parts"]
+
+_PART_BYTES = 48 * 2**20
+_SLICE = 128  # columns in the value slot of one call
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Queries, keys and everything that is added to their scores.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        scale: Factor on ``query @ key``.
+        is_causal: Query ``i`` may attend to keys ``0..i``.
+        key_bias: Added to the scores of a key, whatever the query; ``-inf`` for keys that nobody attends to.
+        pairs: Added to the scores besides.
+        separated: The biases in ``pairs`` as one of the query plus one of the key, where they were found to be that.
+        known_logsumexp: The log-sum-exp of every row without a graph, if it was computed before.
+
+    Shape:
+        - query: ``(batch, heads, queries, head_dim)``
+        - key: ``(batch, key_heads, keys, head_dim)``
+        - key_bias: ``(batch | 1, heads | 1, 1, keys)``
+        - separated: ``(batch | 1, heads | 1, queries)`` and ``(batch | 1, heads | 1, keys)``
+        - known_logsumexp: ``(batch, heads, queries)``
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    is_causal: bool = False
+    key_bias: Tensor | None = None
+    pairs: PairMask | None = None
+    separated: tuple[Tensor, Tensor] | None = None
+    known_logsumexp: Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.query.shape[2], self.key.shape[2]
+
+    def choices(self) -> Tensor:
+        """Count the keys that each query may attend to, ``(batch | 1, heads | 1, queries)``."""
+        queries, keys = self.lengths
+        if self.pairs is not None:
+            blocks = [(bias > -torch.inf).sum(dim=-1) for _, _, bias in self._blocks(self.pairs)]
+            return torch.cat(blocks, dim=-1)
+        open_keys = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=self.key.device)
+        if self.key_bias is not None:
+            open_keys = self.key_bias > -torch.inf
+        if not self.is_causal:
+            return open_keys.sum(dim=-1).expand(*open_keys.shape[:2], queries)
+        seen = open_keys[:, :, 0].cumsum(dim=-1)
+        return seen[..., torch.arange(queries, device=seen.device).clamp(max=keys - 1)]
+
+    def attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Average ``value (batch, key_heads, keys, width)`` under attention, and return the log-sum-exp of every row.
+
+        Rows without keys have zeros and ``-inf``.
+        """
+        slices = value.split(_SLICE, dim=-1) if value.shape[-1] > _SLICE + self.query.shape[-1] else (value,)
+        outputs, logsumexps = zip(*(self._attend(columns) for columns in slices), strict=True)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if self.key_bias is None and self.pairs is None:
+            return output, logsumexps[0]
+        return output, logsumexps[0].masked_fill(self.choices() == 0, -torch.inf)
+
+    def transposed(self, row_bias: Tensor) -> Problem:
+        """Swap queries and keys; ``row_bias (batch, heads, queries)`` is added to the scores of each old query.
+
+        Biases of the old keys stay behind: they are constants of the new rows. Causal attention without a mask of pairs
+        needs as many queries as keys and comes back with both sequences in reverse order, in which it is causal again.
+        """
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        turned = Problem(key, self.query, self.scale, key_bias=row_bias[:, :, None])
+        if self.pairs is not None:
+            pairs = self.pairs.causal() if self.is_causal else self.pairs
+            return replace(turned, pairs=pairs.transposed())
+        return replace(turned.flipped(), is_causal=True) if self.is_causal else turned
+
+    def flipped(self) -> Problem:
+        """Reverse the order of both sequences, without a mask of pairs; attention that was causal is not."""
+        bias = None if self.key_bias is None else self.key_bias.flip(-1)
+        return Problem(self.query.flip(2), self.key.flip(2), self.scale, key_bias=bias)
+
+    def scaled(self, factor: float) -> Problem:
+        """Multiply all scores by ``factor``."""
+        return replace(
+            self,
+            scale=self.scale * factor,
+            key_bias=None if self.key_bias is None else self.key_bias * factor,
+            pairs=None if self.pairs is None else self.pairs.scaled(factor),
+            known_logsumexp=None,
+        )
+
+    def detached(self) -> Problem:
+        """Return the problem without its graph."""
+        bias = None if self.key_bias is None else self.key_bias.detach()
+        return replace(self, query=self.query.detach(), key=self.key.detach(), key_bias=bias)
+
+    def part(self, batch: slice, key_heads: slice) -> Problem:
+        """Return the problem of some samples and key heads, with the queries that read them."""
+        group = self.query.shape[1] // self.key.shape[1]
+        heads = slice(key_heads.start * group, key_heads.stop * group)
+        parts = self.separated
+        return replace(
+            self,
+            query=self.query[batch, heads],
+            key=self.key[batch, key_heads],
+            key_bias=None if self.key_bias is None else cut(self.key_bias, batch, heads),
+            pairs=None if self.pairs is None else self.pairs.part(batch, heads),
+            separated=None if parts is None else (cut(parts[0], batch, heads), cut(parts[1], batch, heads)),
+            known_logsumexp=None if self.known_logsumexp is None else self.known_logsumexp[batch, heads],
+        )
+
+    def _blocks(self, pairs: PairMask) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield ``start, stop`` and everything that is added to the scores of these queries."""
+        queries, keys = self.lengths
+        maps = pairs.maps if self.key_bias is None else torch.broadcast_shapes(pairs.maps, self.key_bias.shape[:2])
+        step = block_rows(maps[0] * maps[1], keys, queries)
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            bias = pairs.read(start, stop).to(self.query.dtype)
+            if self.key_bias is not None:
+                bias = bias + self.key_bias
+            if self.is_causal:
+                rows = torch.arange(start, stop, device=bias.device)
+                bias = bias.masked_fill(torch.arange(keys, device=bias.device) > rows[:, None], -torch.inf)
+            yield start, stop, bias
+
+    def _attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pairs is None:
+            return attend(self.query, self.key, value, self.key_bias, is_causal=self.is_causal, scale=self.scale)
+        outputs, logsumexps = [], []
+        for start, stop, bias in self._blocks(self.pairs):
+            seen = min(stop, self.lengths[1]) if self.is_causal else self.lengths[1]
+            output, logsumexp = attend(
+                self.query[:, :, start:stop],
+                self.key[:, :, :seen],
+                value[:, :, :seen],
+                bias[..., :seen],
+                scale=self.scale,
+            )
+            outputs.append(output)
+            logsumexps.append(logsumexp)
+        return torch.cat(outputs, dim=2), torch.cat(logsumexps, dim=2)
+
+
+def cut(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
+    """Take samples and heads of a tensor that may be broadcast along either axis."""
+    tensor = tensor[batch] if len(tensor) > 1 else tensor
+    return tensor[:, heads] if tensor.shape[1] > 1 else tensor
+
+
+def in_parts(
+    problem: Problem, width: int, compute: Callable[[Problem, slice, slice], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """Compute statistics for some samples and heads at a time, so that many heads need no more memory than a few.
+
+    Args:
+        problem: The whole.
+        width: Columns in the value slot.
+        compute: Gets a part, its samples and its heads; returns tensors ``(batch, heads, ...)``.
+    """
+    batch, key_heads = problem.key.shape[:2]
+    group = problem.query.shape[1] // max(key_heads, 1)
+    queries, keys = problem.lengths
+    widest = max(width, problem.query.shape[-1])
+    each = 4 * widest * (2 * keys + 2 * group * queries)  # bytes a key head: keys, values, queries, output
+    most = max(1, _PART_BYTES // max(each, 1))
+    samples, heads = (max(1, most // key_heads), key_heads) if most >= key_heads else (1, most)
+    if samples >= batch and heads >= key_heads:
+        return compute(problem, slice(0, batch), slice(0, key_heads * group))
+    found: list[tuple[Tensor, ...]] = []
+    for first in range(0, batch, samples):
+        rows = slice(first, min(first + samples, batch))
+        columns = []
+        for head in range(0, key_heads, heads):
+            own = slice(head, min(head + heads, key_heads))
+            columns.append(compute(problem.part(rows, own), rows, slice(own.start * group, own.stop * group)))
+        found.append(tuple(torch.cat(parts, dim=1) for parts in zip(*columns, strict=True)))
+    return tuple(torch.cat(parts, dim=0) for parts in zip(*found, strict=True))

@@ -1,0 +1,121 @@
+"""Bring a recorded call into the form that kernels take; say when it has none."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.capture import flex
+from attn_callbacks.capture.exact.pairs import PairMask, block_rows, masked_pairs, separated
+from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.scores import let_through, wide
+
+if TYPE_CHECKING:
+    from attn_callbacks.capture.call import AttentionCall
+
+__all__ = ["read_problem", "with_separated_bias"]
+
+_LARGE = 2**20  # entries of a mask from which on it pays to look for a simpler form
+
+
+def read_problem(call: AttentionCall) -> Problem | None:
+    """Return what a kernel needs to compute the attention of ``call``, without a matrix of queries x keys.
+
+    Float16 and bfloat16 become float32 on the CPU. On a GPU they stay, for the sake of its kernels.
+
+    Returns:
+        ``None`` where no kernel can: the matrix is all there is, a function of each score comes in between, or the
+        additive mask is being learned, for which no fused kernel has a gradient.
+    """
+    mask = call.mask
+    learned = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    if call.query is None or call.key is None or call.score_mod is not None or learned:
+        return None
+    batch, heads, _, keys = call.shape
+    query, key = (_for_kernel(tensor).expand(batch, -1, -1, -1) for tensor in (call.query, call.key))
+    query = query.expand(-1, heads, -1, -1)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
+    if scale == 0:  # kernels multiply their -inf with it
+        query, scale = query * 0.0, 1.0
+    problem = Problem(query, key, scale, call.is_causal)
+    if call.mask_mod is not None:
+        return replace(problem, pairs=_function_pairs(call, query.dtype))
+    if mask is None:
+        return problem
+    mask = mask.expand(*mask.shape[:3], keys)
+    if mask.shape[2] == 1:
+        return replace(problem, key_bias=_additive(mask, query.dtype))
+    return _simplified(problem, mask) or replace(
+        problem,
+        pairs=masked_pairs(mask, lambda block: _additive(block, query.dtype)),
+    )
+
+
+def with_separated_bias(problem: Problem) -> Problem | None:
+    """Find out the expected bias of a row, which the entropy needs; ``None`` where it is no expectation of a key."""
+    if problem.pairs is None or not problem.pairs.has_bias:
+        return problem
+    parts = separated(problem.pairs, *problem.lengths)
+    return None if parts is None else replace(problem, separated=parts)
+
+
+def _for_kernel(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cuda else wide(tensor)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores, ``-inf`` where it forbids."""
+    values = mask.to(dtype) if mask.is_floating_point() else torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return values.masked_fill(~let_through(mask, None), -math.inf)
+
+
+def _simplified(problem: Problem, mask: Tensor) -> Problem | None:
+    """Recognise a large boolean mask that says no more than which keys are padding and that attention is causal.
+
+    Hugging Face models write that out in full. Kernels do half the work when they are told.
+    """
+    if mask.dtype != torch.bool or mask[0, 0].numel() < _LARGE:
+        return None
+    queries, keys = problem.lengths
+    step = block_rows(mask.shape[0] * mask.shape[1], keys, queries)
+    starts = range(0, queries, step)
+    key_allowed = torch.stack([mask[:, :, i : i + step].any(dim=2) for i in starts]).any(dim=0)[:, :, None]
+    key_position = torch.arange(keys, device=mask.device)
+    for is_causal in (problem.is_causal, True):
+        fits = torch.ones((), dtype=torch.bool, device=mask.device)
+        for i in starts:
+            block = mask[:, :, i : i + step]
+            expected = key_allowed.expand_as(block)
+            if is_causal:
+                rows = torch.arange(i, i + block.shape[2], device=mask.device)[:, None]
+                future = key_position > rows
+                expected = expected & ~future
+                block = block & ~future if problem.is_causal else block
+            fits = fits & (block == expected).all()
+            if not bool(fits):
+                break
+        if bool(fits):
+            return replace(problem, is_causal=is_causal, key_bias=_additive(key_allowed, problem.query.dtype))
+    return None
+
+
+def _function_pairs(call: AttentionCall, dtype: torch.dtype) -> PairMask:
+    """Evaluate FlexAttention's mask function for a block of queries, or of keys, at a time."""
+    mask_mod, shape, device = call.mask_mod, call.shape, call.device
+    assert mask_mod is not None  # noqa: S101
+    batch, heads, queries, keys = shape
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = torch.arange(start, stop, device=device)
+        return _additive(flex.allowed(mask_mod, shape, rows, device), dtype)
+
+    def read_keys(start: int, stop: int) -> Tensor:
+        rows = torch.arange(start, stop, device=device)
+        swapped = flex.allowed(lambda b, h, k, q: mask_mod(b, h, q, k), (batch, heads, keys, queries), rows, device)
+        return _additive(swapped, dtype)
+
+    return PairMask(read, read_keys, (batch, heads), has_bias=False)
