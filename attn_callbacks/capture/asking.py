@@ -62,8 +62,8 @@ class AskedCall(ABC):
         """Weights of some rows."""
 
     @abstractmethod
-    def _problem(self) -> Problem | None:
-        """What a kernel can compute."""
+    def _problem(self, keeps_half: bool) -> Problem | None:
+        """What a kernel can compute, and whether it may do so in half precision."""
 
     @property
     @abstractmethod
@@ -71,31 +71,44 @@ class AskedCall(ABC):
         """The model made the whole matrix itself."""
 
     def _ask(
-        self, exact: Callable[..., Tensor], plain: Callable[..., Tensor], *features: Tensor, uses_logsumexp: bool = True
+        self,
+        exact: Callable[..., Tensor],
+        plain: Callable[..., Tensor],
+        *features: Tensor,
+        uses_logsumexp: bool = True,
+        keeps_half: bool = False,
     ) -> RowStatistic:
         """Ask the kernel, ``exact(problem, *features)``, or else rows of weights, ``plain(rows, *features)``."""
         with torch.autocast(self.device.type, enabled=False):
-            problem = self._posed(uses_logsumexp)
+            problem = self._posed(uses_logsumexp, keeps_half)
             if problem is None:
                 return self._ask_rows(lambda rows: plain(rows, *features))
             width = sum(own.shape[-1] for own in features)
             return _answer(_parts(problem, exact, *features, width=width), self._counted(problem))
 
+    def _ask_expectation(self, features: Tensor) -> RowStatistic:
+        return self._ask(
+            distribution.expectation,
+            lambda rows, own: rows.expectation(own),
+            features,
+            uses_logsumexp=False,
+            keeps_half=True,
+        )
+
     def _ask_entropy(self, features: Tensor) -> tuple[RowStatistic, RowStatistic]:
         with torch.autocast(self.device.type, enabled=False):
-            problem = self._problem()
+            problem = self._problem(keeps_half=True)
             whole = None if problem is None else with_separated_bias(problem)
             if whole is None:
                 entropy = self._ask_rows(lambda rows: rows.entropy())
-                return entropy, self._ask(
-                    distribution.expectation, lambda rows, own: rows.expectation(own), features, uses_logsumexp=False
-                )
+                return entropy, self._ask_expectation(features)
 
             def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor, ...]:
                 return distribution.entropy_and_expectation(part, cut(features, batch, heads))
 
             width = whole.query.shape[-1] + features.shape[-1]
-            entropies, expected, vars(self)["_logsumexp"] = in_parts(whole, width, compute)
+            entropies, expected, logsumexp = in_parts(whole, width, compute)
+            self._logsumexps()[whole.query.dtype] = logsumexp
             counted = self._counted(whole)
             return _answer(entropies, counted), _answer(expected, counted)
 
@@ -115,7 +128,7 @@ class AskedCall(ABC):
             return _answer(values, self._counted(problem) & allowed.any(dim=-1))
 
     def _choices(self) -> Tensor:
-        problem = self._problem()
+        problem = self._problem(keeps_half=True)
         if problem is None:
             known = self.key_valid[:, None, None]
             chunks = row_chunks(self.shape[2], self.device)
@@ -134,7 +147,7 @@ class AskedCall(ABC):
 
     def _pooled(self, parts: tuple[int, int]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            problem = self._posed(uses_logsumexp=False)
+            problem = self._posed(uses_logsumexp=False, keeps_half=True)
             if problem is None:
                 return pooled_weights(self.weights, self.query_valid, self.shape, parts)
 
@@ -167,14 +180,20 @@ class AskedCall(ABC):
         weights = self.weights(rows) if logits is None else softmax_rows(logits)
         return PlainRows(weights, logits, self.allowed(rows), rows)
 
-    def _posed(self, uses_logsumexp: bool) -> Problem | None:
+    def _posed(self, uses_logsumexp: bool, keeps_half: bool = False) -> Problem | None:
         """Return what a kernel has to compute, with the log-sum-exp that several statistics are made of."""
-        problem = self._problem()
+        problem = self._problem(keeps_half)
         if problem is None or distribution.is_live(problem):
             return problem
-        if uses_logsumexp and "_logsumexp" not in vars(self):  # a frozen call always answers the same: keep it
-            vars(self)["_logsumexp"] = _parts(problem, distribution.logsumexp)
-        return replace(problem, known_logsumexp=vars(self).get("_logsumexp"))
+        known, dtype = self._logsumexps(), problem.query.dtype
+        if uses_logsumexp and dtype not in known:
+            known[dtype] = _parts(problem, distribution.logsumexp)
+        return replace(problem, known_logsumexp=known.get(dtype))
+
+    def _logsumexps(self) -> dict[torch.dtype, Tensor]:
+        """What is known of the log-sum-exp: a frozen call always answers the same."""
+        found: dict[torch.dtype, Tensor] = vars(self).setdefault("_known_logsumexps", {})
+        return found
 
     def _counted(self, problem: Problem) -> Tensor:
         """Valid queries with a key to attend to, ``(batch, heads | 1, queries)``."""

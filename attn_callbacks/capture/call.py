@@ -203,8 +203,8 @@ class AttentionCall(CallStatistics):
             return wide(take_rows(self.recorded, check_rows(rows, self.shape, self.device))).nan_to_num(0.0)
         return softmax_rows(cast(Tensor, self.logits(rows)))
 
-    def _problem(self) -> Problem | None:
-        return read_problem(self)
+    def _problem(self, keeps_half: bool) -> Problem | None:
+        return read_problem(self, keeps_half)
 
     @property
     def _has_matrix(self) -> bool:

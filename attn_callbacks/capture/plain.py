@@ -55,6 +55,11 @@ class PlainRows:
         """Mean of ``features (batch | 1, heads | 1, keys, width)`` under attention."""
         return self.weights @ features.to(self.weights.dtype)
 
+    def mean_position(self) -> Tensor:
+        """Mean index of the attended keys."""
+        keys = torch.arange(self.weights.shape[-1], device=self.weights.device, dtype=self.weights.dtype)
+        return self.weights @ keys
+
     def position_variance(self) -> Tensor:
         """Variance of the attended position."""
         weights = self.weights.double()

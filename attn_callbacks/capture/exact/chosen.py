@@ -31,7 +31,8 @@ def key_mass(problem: Problem, keys: Tensor, allowed: Tensor) -> Tensor:
     lse = logsumexp(problem)[..., None]
     alive = allowed & (lse > -torch.inf)
     shares = (scores.where(alive, 0.0) - lse.where(alive, 0.0)).clamp(-80.0, 0.0)  # exp is slow where it underflows
-    return shares.exp() * alive
+    weights: Tensor = shares.exp() * alive
+    return weights
 
 
 def may_see(problem: Problem, keys: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def _taken(tensor: Tensor, keys: Tensor) -> Tensor:
     batch = max(len(tensor), len(keys))
     rows, chosen = keys.shape[1:]
     index = keys.reshape(len(keys), 1, rows * chosen, 1).expand(batch, tensor.shape[1], -1, tensor.shape[-1])
-    return tensor.expand(batch, -1, -1, -1).gather(2, index).unflatten(2, (rows, chosen))
+    taken: Tensor = tensor.expand(batch, -1, -1, -1).gather(2, index).unflatten(2, (rows, chosen))
+    return taken
 
 
 def _taken_pairs(problem: Problem, pairs: PairMask, keys: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.scores import wide
 
 __all__ = ["entropy_and_expectation", "expectation", "is_live", "logsumexp", "renyi_entropy"]
 
@@ -25,7 +26,8 @@ def logsumexp(problem: Problem) -> Tensor:
     own = _per_key_head(problem, values[-1])
     output, value = own.detached().attend(_side_by_side(own, *values))
     width = problem.key.shape[-1]
-    score = problem.scale * (problem.query * output[..., :width]).sum(dim=-1) + output[..., width:].sum(dim=-1)
+    output, query = wide(output), wide(problem.query)
+    score = problem.scale * (query * output[..., :width]).sum(dim=-1) + output[..., width:].sum(dim=-1)
     return value + score - score.detach()
 
 
@@ -61,7 +63,8 @@ def entropy_and_expectation(problem: Problem, features: Tensor) -> tuple[Tensor,
         own = _per_key_head(own, columns)
     output, lse = own.attend(_side_by_side(own, own.key.detach(), *biases, features.to(own.key.dtype)))
     width, last = own.key.shape[-1], own.key.shape[-1] + len(biases)
-    score = own.scale * (own.query.detach() * output[..., :width]).sum(dim=-1) + constant
+    output = wide(output)  # products of half precision would lose what the kernel has kept
+    score = own.scale * (wide(own.query).detach() * output[..., :width]).sum(dim=-1) + constant
     score = score + output[..., width:last].sum(dim=-1)
     entropy = (lse - score).where(lse > -torch.inf, 0.0).clamp_min(0.0)
     return entropy, output[..., last:], lse

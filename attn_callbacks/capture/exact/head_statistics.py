@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.row_statistic import RowStatistic
 from attn_callbacks.capture.rows import take_rows
 from attn_callbacks.capture.sampled import sampled_head_statistics
+from attn_callbacks.capture.scores import wide
 from attn_callbacks.functional.statistics import STATISTICS
 
 __all__ = ["exact_head_statistics"]
@@ -17,9 +20,10 @@ __all__ = ["exact_head_statistics"]
 def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tensor, long_range: float = 0.25) -> Tensor:
     """Compute :func:`~attn_callbacks.functional.head_statistics` over all rows without the weights.
 
-    Costs about two forwards of the fused kernel, in ``O(queries * head_dim)`` memory. The largest weight and the largest
-    logit need rows of scores: they come from the drawn rows. So does everything behind a FlexAttention ``score_mod``;
-    the entropies under a bias that is not one of the query plus one of the key (T5) come from a sample of their own.
+    Costs about two forwards of the fused kernel, in ``O(queries * head_dim)`` memory and in float32. The largest weight
+    and the largest logit need rows of scores: they come from the drawn rows. So does everything behind a FlexAttention
+    ``score_mod``; the entropies under a bias that is not one of the query plus one of the key (T5) come from a sample
+    of their own.
 
     Args:
         call: Any call.
@@ -38,11 +42,12 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
         {'entropy': 1.3863, 'entropy_normalised': 1.0, 'confidence': 0.25, 'distance': 1.25}
     """
     call = call.detach()
-    if call.query is None:
+    if call.query is None or call.key is None:
         return sampled_head_statistics(call, None, call.query_valid, long_range)  # the matrix exists: read all of it
     values = sampled_head_statistics(call, rows, drawn, long_range)
     if call.score_mod is not None:
         return values
+    call = replace(call, query=wide(call.query), key=wide(call.key))
     exact = {name: statistic.mean().float() for name, statistic in _row_statistics(call, long_range).items()}
     return torch.stack([exact.get(name, values[..., index]) for index, name in enumerate(STATISTICS)], dim=-1)
 

@@ -22,10 +22,12 @@ __all__ = ["read_problem", "with_separated_bias"]
 _LARGE = 2**20  # entries of a mask from which on it pays to look for a simpler form
 
 
-def read_problem(call: AttentionCall) -> Problem | None:
+def read_problem(call: AttentionCall, keeps_half: bool = False) -> Problem | None:
     """Return what a kernel needs to compute the attention of ``call``, without a matrix of queries x keys.
 
-    Float16 and bfloat16 become float32 on the CPU. On a GPU they stay, for the sake of its kernels.
+    Args:
+        call: Any call.
+        keeps_half: Leave float16 and bfloat16 as they are on a GPU, whose fast kernels take nothing else.
 
     Returns:
         ``None`` where no kernel can: the matrix is all there is, a function of each score comes in between, or the
@@ -36,8 +38,9 @@ def read_problem(call: AttentionCall) -> Problem | None:
     if call.query is None or call.key is None or call.score_mod is not None or learned:
         return None
     batch, heads, _, keys = call.shape
-    query, key = (_for_kernel(tensor).expand(batch, -1, -1, -1) for tensor in (call.query, call.key))
-    query = query.expand(-1, heads, -1, -1)
+    stays = keeps_half and call.query.is_cuda
+    query, key = (tensor if stays else wide(tensor) for tensor in (call.query, call.key))
+    query, key = query.expand(batch, heads, -1, -1), key.expand(batch, -1, -1, -1)
     scale = 1.0 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
     if scale == 0:  # kernels multiply their -inf with it
         query, scale = query * 0.0, 1.0
@@ -61,10 +64,6 @@ def with_separated_bias(problem: Problem) -> Problem | None:
         return problem
     parts = separated(problem.pairs, *problem.lengths)
     return None if parts is None else replace(problem, separated=parts)
-
-
-def _for_kernel(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_cuda else wide(tensor)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
