@@ -37,10 +37,9 @@ format: $(INSTALLED) ## Format the code and cure what ruff can cure by itself
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 
-bench: $(INSTALLED) ## Measure what looking and each loss cost; takes minutes, wants a quiet machine
-	@$(PY) -m benchmarks.capture
-	@$(PY) -m benchmarks.training
-	@$(PY) -m benchmarks.losses
+bench: $(INSTALLED) data ## Measure what looking and each loss cost; half an hour, wants a quiet machine (ARGS="--quick", table names)
+	@$(PY) -m benchmarks --out runs/benchmarks $(ARGS)
+	@$(if $(ARGS),,$(PY) -m benchmarks.losses)
 
 clean: ## Remove caches and build products; keeps .venv and runs
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,55 +1,69 @@
-"""What it costs to look: one evaluation step of a BERT, watched in several ways.
+"""What it costs to look: one evaluation step, watched in several ways, beside a model that returns its maps.
 
 The eager twin returns maps and no scores, so that its statistics lack the largest logit.
 
-Run: ``python -m benchmarks.capture [folder for the JSON files]``.
+Run: ``python -m benchmarks.capture [--out FOLDER] [--quick]``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import BertConfig, BertModel
+from torch import nn
 
-from attn_callbacks.capture import AttentionCall, AttentionRecorder
-from attn_callbacks.capture.scores import softmax_rows
+from attn_callbacks.capture import (
+    AttentionCall,
+    AttentionRecorder,
+    exact_head_statistics,
+    sampled_head_statistics,
+)
 from attn_callbacks.functional import head_statistics, stratified_rows
-from benchmarks.paired import compare, report
+from benchmarks.machine import kernel_of
+from benchmarks.runner import main
+from benchmarks.table import Block, Goal, Setting, Table
 
 ROWS = 64
+BARE, IDLE = "bare", "recorder, nothing asked"
+SAMPLED, EXACT = f"statistics of {ROWS} rows", "exact statistics"
+RETURNED = "eager maps, the same but max_logit"
+
+Runs = dict[str, Callable[[], object]]
 
 
-def arms(tokens: int, batch: int) -> dict[str, Callable[[], object]]:
-    """Build the sides to compare: one model, and its twin on eager attention."""
-    config = BertConfig(
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        max_position_embeddings=tokens,
+def run(setting: Setting) -> Iterator[Block]:
+    """Time every workload."""
+    from benchmarks.models import bert, gpt  # transformers takes seconds to import
+
+    workloads: tuple[tuple[str, Any, int, int], ...] = (
+        ("BERT", bert, 32, 32),
+        ("BERT", bert, 8, 128),
+        ("BERT", bert, 2, 512),
+        ("GPT", gpt, 4, 256),
+        ("GPT", gpt, 1, 1024),
+        ("GPT", gpt, 1, 4096),
     )
-    fused = BertModel._from_config(config, attn_implementation="sdpa").eval()
-    eager = BertModel._from_config(config, attn_implementation="eager").eval()
-    eager.load_state_dict(fused.state_dict())
-    ids = torch.randint(0, config.vocab_size, (batch, tokens))
+    small = {"width": 32, "layers": 2, "heads": 2}
+    for name, build, batch, tokens in workloads:
+        size = setting.pick((batch, tokens), (2, 80))
+        yield _block(setting, f"{name} {tokens}", build, *size, **setting.pick({}, small))
+
+
+def arms(fused: nn.Module, eager: nn.Module, ids: torch.Tensor) -> Runs:
+    """Build the sides to compare."""
     generator = torch.Generator()
 
-    def sampled(call: AttentionCall) -> None:
-        whole = tokens <= ROWS
-        _statistics(call, *((None, None) if whole else stratified_rows(call.query_valid, ROWS, generator)))
-
-    def exact(call: AttentionCall) -> None:
-        _statistics(call, None, None)
+    def drawn(call: AttentionCall) -> tuple[torch.Tensor | None, torch.Tensor]:
+        whole = ids.shape[1] <= ROWS
+        return (None, call.query_valid) if whole else stratified_rows(call.query_valid, ROWS, generator)
 
     @torch.no_grad()
     def bare() -> object:
         return fused(ids)
 
-    def watched(on_call: Callable[[AttentionCall], None]) -> Callable[[], object]:
+    def watched(on_call: Any) -> Callable[[], object]:
         @torch.no_grad()
         def run() -> object:
             with AttentionRecorder(fused, on_call=on_call):
@@ -62,28 +76,67 @@ def arms(tokens: int, batch: int) -> dict[str, Callable[[], object]]:
         return [head_statistics(weights) for weights in eager(ids, output_attentions=True).attentions]
 
     return {
-        "bare": bare,
-        "recorder, nothing asked": watched(lambda call: None),
-        f"recorder, statistics of {ROWS} rows": watched(sampled),
-        "recorder, statistics of all rows": watched(exact),
-        "eager maps, the same but max_logit": returned_maps,
+        BARE: bare,
+        IDLE: watched(lambda call: None),
+        SAMPLED: watched(lambda call: sampled_head_statistics(call, *drawn(call))),
+        EXACT: watched(lambda call: exact_head_statistics(call, *drawn(call))),
+        RETURNED: returned_maps,
     }
 
 
-def _statistics(call: AttentionCall, rows: Tensor | None, drawn: Tensor | None) -> None:
-    logits = call.logits(rows)
-    if logits is not None:
-        weights = softmax_rows(logits)
-        head_statistics(weights, logits, positions=rows, allowed=call.allowed(rows), valid=drawn)
+def _block(setting: Setting, key: str, build: Any, batch: int, tokens: int, **sizes: int) -> Block:
+    from benchmarks.models import twins
+
+    fused, eager = twins(build, tokens, setting.device, **sizes)
+    ids = torch.randint(1000, (batch, tokens), device=setting.device)
+    title = f"evaluation step of a model like {key.split()[0]}, {batch} x {tokens} tokens"
+    sides = arms(fused, eager, ids)
+    kernel = kernel_of(sides[BARE], setting.device)
+    return Block(key, title, setting.turns(sides, warm_up=1), kernel=kernel)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/benchmarks")
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for tokens, batch in ((32, 32), (128, 8), (512, 2)):
-        report(f"capture {batch} x {tokens} tokens", compare(arms(tokens, batch)), folder)
+def _watched(block: str, predicted: float) -> Goal:
+    return Goal(
+        "G3",
+        f"captured step (statistics of {ROWS} rows) / bare step, {block} tokens",
+        bound=1.15,
+        on_cuda=1.10,
+        predicted=predicted,
+        limit="1.004 to 1.01: 64 of N rows of the attention's share of a step",
+        between="ten statistics are as many passes over the sampled rows; Python around short calls",
+        block=block,
+        of=(SAMPLED, BARE),
+    )
 
+
+def _against_maps(block: str, bound: float, predicted: float, of: str, what: str, on_cuda: float) -> Goal:
+    return Goal(
+        "G4",
+        f"captured step ({what}) / eager step that returns maps and the same statistics, {block} tokens",
+        bound=bound,
+        on_cuda=on_cuda,
+        predicted=predicted,
+        limit="fused / eager of the attention's part, 0.11 to 0.25, plus the rest of the step, which is the same",
+        between="the rest of the step",
+        block=block,
+        of=(of, RETURNED),
+    )
+
+
+TABLE = Table(
+    "capture",
+    "One evaluation step, watched in several ways",
+    (
+        _watched("BERT 512", predicted=1.15),
+        _watched("GPT 1024", predicted=1.08),
+        _watched("GPT 4096", predicted=1.03),
+        _against_maps("GPT 1024", 0.6, 0.35, SAMPLED, f"statistics of {ROWS} rows", on_cuda=0.5),
+        _against_maps("GPT 4096", 0.3, 0.12, SAMPLED, f"statistics of {ROWS} rows", on_cuda=0.25),
+        _against_maps("GPT 1024", 0.6, 0.55, EXACT, "exact statistics", on_cuda=0.5),
+        _against_maps("GPT 4096", 0.3, 0.3, EXACT, "exact statistics", on_cuda=0.25),
+    ),
+    run,
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main([TABLE.name, *sys.argv[1:]]))

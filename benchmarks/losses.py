@@ -13,8 +13,8 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: this o
 
 import torch
 
+from benchmarks.allocation import keep_freed_pages, peak_bytes
 from benchmarks.loss_arms import TABLES
-from benchmarks.memory import keep_freed_pages, peak_bytes
 from benchmarks.paired import compare, report
 
 

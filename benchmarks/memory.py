@@ -1,59 +1,113 @@
-"""Peak memory of the tensors that a call makes, counted and not sampled; and an allocator that keeps its pages."""
+"""Memory: exact statistics of one layer of twelve heads, beside the attention maps that they replace.
+
+Nothing is timed, so every arm runs in a fresh process on all cores. Maps grow with the square of the length and are
+kept for all layers: they are measured at 1,024 tokens and computed for sizes that would not fit. Statistics need memory
+of one layer at a time.
+
+Run: ``python -m benchmarks.memory [--out FOLDER] [--quick] [--long]``.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from benchmarks.memory_arm import ARMS, HEADS, LAYERS
+from benchmarks.paired import Interval
+from benchmarks.resident import Memory, fresh_memory
+from benchmarks.runner import main
+from benchmarks.table import Block, Goal, Setting, Table
 
-__all__ = ["keep_freed_pages", "peak_bytes"]
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """Return the most bytes of tensors alive at once during ``run()``, not counting those that were there before.
-
-    What a kernel needs inside itself is not seen.
-    """
-    with _Meter() as meter:
-        run()
-    return meter.peak
+ALL, PACKED, MAPS = "all exact statistics", "entropy + 8 features", "returned maps"
+EXTRA, SHARE, COMPUTED = "extra MB", "returned maps / extra memory", "MB of returned maps"
 
 
-def keep_freed_pages() -> None:
-    """Let the C library keep the memory that tensors free.
+def run(setting: Setting) -> Iterator[Block]:
+    """Measure maps once, then statistics of growing lengths."""
+    tokens = setting.pick(1024, 64)
+    maps = {MAPS: fresh_memory(MAPS, tokens, _cores())}
+    exact = {COMPUTED: Interval.exact(map_bytes(tokens) / 1e6)}
+    yield Block(
+        "maps",
+        f"{LAYERS} layers of {HEADS} heads, {tokens} tokens, maps returned",
+        values=exact,
+        columns=_columns(maps),
+    )
+    every = [name for name in ARMS if name != MAPS]
+    yield _block("4096", setting.pick(4096, 256), setting.pick(every, [PACKED]), ALL)
+    yield _block("16384", setting.pick(16384, 256), [PACKED], ALL)
+    yield _block("65536", setting.pick(65536, 256), [], PACKED)
+    if setting.long:
+        yield _block("65536, all", setting.pick(65536, 256), [], ALL)
 
-    Else it gives large blocks back at random, and the page faults of taking them again, which can double a time, hit
-    one side of a comparison or the other. Only glibc can be told; elsewhere nothing happens.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD) if mallopt is not None else ():
-            mallopt(option, 2**30)
+
+def map_bytes(tokens: int) -> int:
+    """Bytes of the float32 maps of all layers and heads."""
+    return LAYERS * HEADS * tokens**2 * 4
 
 
-class _Meter(TorchDispatchMode):
-    """Keeps a list of the storages that operations returned, and drops those that are gone."""
+def _block(key: str, tokens: int, others: list[str], judged: str) -> Block:
+    found = {arm: fresh_memory(arm, tokens, _cores()) for arm in dict.fromkeys([*others, judged])}
+    extra = max(found[judged])
+    values = {
+        EXTRA: Interval.exact(extra / 1e6),
+        COMPUTED: Interval.exact(map_bytes(tokens) / 1e6),
+        SHARE: Interval.exact(map_bytes(tokens) / extra),
+    }
+    return Block(key, f"one layer of {HEADS} heads, causal, {tokens} tokens", values=values, columns=_columns(found))
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        output = func(*args, **(kwargs or {}))
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                storage = leaf.untyped_storage()
-                self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
-        return output
+def _columns(found: dict[str, Memory]) -> dict[str, dict[str, float]]:
+    return {
+        "resident, MB": {name: memory.resident / 1e6 for name, memory in found.items()},
+        "tensors, MB": {name: memory.tensors / 1e6 for name, memory in found.items()},
+    }
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1
+
+
+def _saving(tokens: int, bound: float, predicted: float) -> Goal:
+    return Goal(
+        "G10",
+        f"maps of {LAYERS} x {HEADS} heads / extra memory of exact statistics, {tokens} tokens",
+        bound=bound,
+        predicted=predicted,
+        limit="one layer's queries, keys and output at a time, whatever the number of layers",
+        between="padded copies of queries and keys; a kernel that took features of another width would need none",
+        block=f"{tokens}",
+        of=SHARE,
+        at_least=True,
+    )
+
+
+def _below(what: str, block: str, predicted: float) -> Goal:
+    return Goal(
+        "G10",
+        f"extra memory of {what} of {HEADS} heads, 65536 tokens",
+        bound=256,
+        predicted=predicted,
+        limit="201 MB for the output of one layer in float32, 17 MB head by head",
+        between="how many heads are worked on at once",
+        block=block,
+        of=EXTRA,
+        unit="MB",
+    )
+
+
+TABLE = Table(
+    "memory",
+    "Memory of exact statistics, each arm in a fresh process",
+    (
+        _saving(4096, bound=100, predicted=150),
+        _saving(16384, bound=500, predicted=600),
+        _below("entropy and 8 key features", "65536", predicted=200),
+        _below("all exact statistics", "65536, all", predicted=240),
+    ),
+    run,
+)
+
+if __name__ == "__main__":
+    sys.exit(main([TABLE.name, *sys.argv[1:]]))

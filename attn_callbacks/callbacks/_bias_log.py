@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attn_callbacks.bias import BiasReport
-from attn_callbacks.callbacks._loggers import log_pictures, log_scalars, log_text
+from attn_callbacks.callbacks._loggers import can_log, log_point, log_text
+from attn_callbacks.callbacks._writer import BackgroundWriter
 from attn_callbacks.render import confusion_picture
 
 if TYPE_CHECKING:
@@ -17,20 +19,24 @@ if TYPE_CHECKING:
 __all__ = ["log_report"]
 
 
-def log_report(trainer: Trainer, report: BiasReport, actions: Sequence[str], folder: Path | None) -> None:
-    """Write everything. Call it on rank zero."""
-    picture = confusion_picture(
-        report.counts.numpy(),
+def log_report(
+    trainer: Trainer, writer: BackgroundWriter, folder: Path | None, report: BiasReport, actions: Sequence[str]
+) -> None:
+    """Write everything, where there is a logger. Call it on rank zero."""
+    if not can_log(trainer):
+        return
+    draw = partial(
+        confusion_picture,
+        report.counts.numpy().copy(),
         report.class_names,
         title=f"predictions, epoch {report.epoch}",
         group_names=report.group_names if report.has_groups else None,
     )
-    log_pictures(trainer, {"bias/confusion": picture}, folder)
+    log_point(trainer, writer, folder, {"bias/confusion": writer.submit(draw)}, dict(_scalars(report)))
     text = report.summary()
     if actions:
         text = "\n".join([text, "", "**Fed back**", "", *(f"- {action}" for action in actions)])
     log_text(trainer, "bias/summary", text)
-    log_scalars(trainer, dict(_scalars(report)))
     if folder is not None:
         path = folder / "attention" / "bias.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

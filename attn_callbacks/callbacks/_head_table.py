@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from attn_callbacks.functional import STATISTICS
 from attn_callbacks.metrics import HeadStatisticsResult
 
 __all__ = ["append_table", "layer_scalars", "statistic_means"]
+
+Array = np.ndarray[Any, Any]
 
 _COLUMNS = ("epoch", "step", "layer", "head", "statistic", "value", "standard_error")
 
@@ -28,12 +32,20 @@ def layer_scalars(result: HeadStatisticsResult, labels: Sequence[str], per_head:
         for name, value in statistic_means(result.mean[layer]).items():
             yield f"heads/{name}/{label}", value
         if per_head:
-            for head, name, value in _cells(result.mean[layer]):
-                yield f"heads/{name}/{label}/head_{head}", value
+            for head, index, value in _cells(result.mean[layer].tolist()):
+                yield f"heads/{STATISTICS[index]}/{label}/head_{head}", value
 
 
-def append_table(path: Path, epoch: int, step: int, result: HeadStatisticsResult, labels: Sequence[str]) -> None:
-    """Append a row a layer, head and statistic to a CSV file; medians are statistics ``<name>_median``."""
+def append_table(path: Path, epoch: int, step: int, fields: Sequence[Array], labels: Sequence[str]) -> None:
+    """Append a row a layer, head and statistic to a CSV file; medians are statistics ``<name>_median``.
+
+    Args:
+        path: The file.
+        epoch: Epoch of training.
+        step: Optimiser steps taken.
+        fields: Mean, standard error and median, each ``(layers, heads, statistics)``.
+        labels: Names of the layers.
+    """
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -41,20 +53,21 @@ def append_table(path: Path, epoch: int, step: int, result: HeadStatisticsResult
         if new:
             writer.writerow(_COLUMNS)
         for layer, label in enumerate(labels):
-            writer.writerows((epoch, step, label, *row) for row in _rows(result, layer))
+            writer.writerows((epoch, step, label, *row) for row in _rows(*(field[layer] for field in fields)))
 
 
-def _rows(result: HeadStatisticsResult, layer: int) -> Iterator[tuple[int, str, float, float | str]]:
-    for head, name, value in _cells(result.mean[layer]):
-        error = float(result.standard_error[layer, head, STATISTICS.index(name)])
-        yield head, name, value, error if error == error else ""
-    for head, name, value in _cells(result.median[layer]):
-        yield head, f"{name}_median", value, ""
+def _rows(mean: Array, error: Array, median: Array) -> Iterator[tuple[int, str, float, float | str]]:
+    errors = error.tolist()
+    for head, index, value in _cells(mean.tolist()):
+        own = errors[head][index]
+        yield head, STATISTICS[index], value, own if own == own else ""
+    for head, index, value in _cells(median.tolist()):
+        yield head, f"{STATISTICS[index]}_median", value, ""
 
 
-def _cells(values: Tensor) -> Iterator[tuple[int, str, float]]:
-    """Head, statistic and value of everything that is defined in ``(heads, statistics)``."""
-    for head, row in enumerate(values.tolist()):
-        for name, value in zip(STATISTICS, row, strict=True):
+def _cells(values: list[list[float]]) -> Iterator[tuple[int, int, float]]:
+    """Head, number of the statistic, and value of everything that is defined in ``(heads, statistics)``."""
+    for head, row in enumerate(values):
+        for index, value in enumerate(row):
             if value == value:
-                yield head, name, value
+                yield head, index, value

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attn_callbacks.callbacks._writer import BackgroundWriter
 from attn_callbacks.render import Picture
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningModule, Trainer
+    from pytorch_lightning import Trainer
 
-__all__ = ["can_log", "log_agreed", "log_pictures", "log_scalars", "log_text", "run_folder"]
+__all__ = ["can_log", "log_point", "log_text", "run_folder"]
+
+Drawings = Mapping[str, "Future[Picture]"]
+Write = Callable[[dict[str, Picture]], None]
 
 
 def can_log(trainer: Trainer) -> bool:
@@ -31,39 +38,44 @@ def run_folder(trainer: Trainer) -> Path | None:
     return Path(folder, *(str(part) for part in (loggers[0].name, loggers[0].version) if part is not None))
 
 
-def log_agreed(module: LightningModule, name: str, value: float) -> None:
-    """Log a value that all processes agree on, so that callbacks can monitor it. Call it on every rank.
+def log_point(
+    trainer: Trainer,
+    writer: BackgroundWriter,
+    folder: Path | None,
+    pictures: Drawings,
+    scalars: Mapping[str, float] | None = None,
+) -> None:
+    """Write pictures and numbers by tag at the current step. Call it on rank zero.
 
-    The maximum of equal values is that value, to the last bit; a mean would round it, and without any reduction
-    Lightning warns that each process may have a value of its own.
+    TensorBoard gets all of them in one event, a logger that takes no pictures gets PNG files in ``folder``; both are
+    made in the background. All other loggers are called from here, in order: some of them count steps by the call.
+
+    Args:
+        trainer: Knows the loggers and the step.
+        writer: Draws in the background.
+        folder: Where PNG files go, if anywhere.
+        pictures: What the writer was asked to draw. Those that failed are left out.
+        scalars: Numbers.
     """
-    module.log(name, value, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
-
-
-def log_pictures(trainer: Trainer, pictures: Mapping[str, Picture], folder: Path | None) -> None:
-    """Write pictures by tag at the current step; a logger that takes no pictures gets PNG files in ``folder``.
-
-    Call it on rank zero.
-    """
+    scalars = dict(scalars or {})
+    if not pictures and not scalars:
+        return
     step = trainer.global_step
-    for logger in _loggers(trainer) if pictures else ():
-        experiment = logger.experiment
-        if hasattr(experiment, "_get_file_writer"):
-            _write_summary(experiment, pictures, step)
-        elif hasattr(experiment, "add_image"):
-            for tag, picture in pictures.items():
-                experiment.add_image(tag, picture.rgb(), step, dataformats="HWC")
-        elif hasattr(logger, "log_image"):
-            for tag, picture in pictures.items():
-                logger.log_image(key=tag, images=[picture.rgb()], step=step)
-        elif folder is not None:
-            _write_files(folder, pictures, step)
-
-
-def log_scalars(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Write numbers by tag at the current step, in one call a logger. Call it on rank zero."""
-    for logger in _loggers(trainer) if values else ():
-        logger.log_metrics(dict(values), step=trainer.global_step)
+    later: list[Write] = []
+    for logger in _loggers(trainer):
+        is_board = hasattr(logger.experiment, "_get_file_writer")
+        in_event = scalars if is_board and _logs_plainly(logger) else {}
+        if scalars and not in_event:
+            logger.log_metrics(dict(scalars), step=step)
+        if is_board:
+            file = logger.experiment._get_file_writer()
+            later.append(partial(_write_event, file, in_event, step, time.time()))
+        elif _takes_pictures(logger):
+            _hand_over(logger, _drawn(pictures), step)
+        elif folder is not None and pictures:
+            later.append(partial(_write_files, folder, step))
+    if later:
+        writer.submit(partial(_write_all, later, pictures))
 
 
 def log_text(trainer: Trainer, tag: str, text: str) -> None:
@@ -80,20 +92,52 @@ def _loggers(trainer: Trainer) -> list[Any]:
     return [logger for logger in trainer.loggers if type(logger).__name__ != "DummyLogger"]
 
 
-def _write_summary(experiment: Any, pictures: Mapping[str, Picture], step: int) -> None:
-    # `add_image` decodes and encodes again, five times slower; one event holds all pictures of a step
+def _logs_plainly(logger: Any) -> bool:
+    """Its `log_metrics` is Lightning's own, and puts nothing before the tags: one event can say the same."""
+    package = type(logger).log_metrics.__module__.partition(".")[0]
+    return package in ("lightning", "lightning_fabric", "pytorch_lightning") and not getattr(logger, "_prefix", "")
+
+
+def _takes_pictures(logger: Any) -> bool:
+    return hasattr(logger.experiment, "add_image") or hasattr(logger, "log_image")
+
+
+def _hand_over(logger: Any, pictures: Mapping[str, Picture], step: int) -> None:
+    for tag, picture in pictures.items():
+        if hasattr(logger.experiment, "add_image"):
+            logger.experiment.add_image(tag, picture.rgb(), step, dataformats="HWC")
+        else:
+            logger.log_image(key=tag, images=[picture.rgb()], step=step)
+
+
+def _drawn(pictures: Drawings) -> dict[str, Picture]:
+    """Wait for the pictures; what went wrong with others is told by the writer."""
+    return {tag: drawing.result() for tag, drawing in pictures.items() if drawing.exception() is None}
+
+
+def _write_all(writes: list[Write], pictures: Drawings) -> None:
+    drawn = _drawn(pictures)
+    for write in writes:
+        write(drawn)
+
+
+def _write_event(file: Any, scalars: Mapping[str, float], step: int, at: float, pictures: dict[str, Picture]) -> None:
+    # `add_scalar` writes an event each, and `add_image` decodes and encodes again: each several times slower
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    values = []
+    summary = Summary()
+    for tag, value in scalars.items():
+        summary.value.add(tag=tag, simple_value=value)
     for tag, picture in pictures.items():
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=picture.png()
         )
-        values.append(Summary.Value(tag=tag, image=image))
-    experiment._get_file_writer().add_summary(Summary(value=values), step)
+        summary.value.add(tag=tag, image=image)
+    if summary.value:
+        file.add_summary(summary, step, at)
 
 
-def _write_files(folder: Path, pictures: Mapping[str, Picture], step: int) -> None:
+def _write_files(folder: Path, step: int, pictures: dict[str, Picture]) -> None:
     for tag, picture in pictures.items():
         path = folder / f"{tag}_step{step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

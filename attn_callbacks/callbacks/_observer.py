@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_callbacks._checks import at_least
@@ -12,8 +13,9 @@ from attn_callbacks._lightning import Callback, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._arguments import ArgumentsOnly
 from attn_callbacks.callbacks._guard import Guard
-from attn_callbacks.callbacks._loggers import can_log
+from attn_callbacks.callbacks._loggers import can_log, run_folder
 from attn_callbacks.callbacks._steps import StepTap, tap_step
+from attn_callbacks.callbacks._writer import BackgroundWriter
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -41,6 +43,8 @@ class ValidationObserver(ArgumentsOnly, Callback):
         self._removes: list[Callable[[], None]] = []
         self._fitting = self._due = self._looking = False
         self._guard = Guard(f"`{type(self).__name__}`")
+        self._writer = BackgroundWriter(self._guard)
+        self._folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen to ``validation_step``."""
@@ -85,11 +89,11 @@ class ValidationObserver(ArgumentsOnly, Callback):
         self._due = self._looking = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop listening."""
+        """Stop listening, and finish what is being drawn before the loggers close."""
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop listening; ``teardown`` does not run after an exception."""
+        """Do the same; ``teardown`` does not run after an exception."""
         self._detach()
 
     def _has_logger(self, trainer: Trainer) -> bool:
@@ -101,6 +105,7 @@ class ValidationObserver(ArgumentsOnly, Callback):
 
     def _attach(self, trainer: Trainer, module: LightningModule, *, fitting: bool) -> None:
         self._fitting, self._guard.off = fitting, False
+        self._folder = run_folder(trainer)  # communicates: once a run
         self._start(trainer, module)
         self._removes.append(tap_step(module, "validation_step", StepTap(context=self._around)))
 
@@ -110,6 +115,7 @@ class ValidationObserver(ArgumentsOnly, Callback):
             remove()
         self._removes = []
         self._due = self._looking = False
+        self._writer.close()
 
     def _is_due(self, trainer: Trainer) -> bool:
         due = not self._fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from attn_callbacks._checks import at_least, name_list
 from attn_callbacks.batch import BatchSchema
+from attn_callbacks.callbacks._host import to_host
 from attn_callbacks.callbacks._layers import call_name, known_tokens, maps_per_sample
-from attn_callbacks.callbacks._loggers import log_pictures, run_folder
+from attn_callbacks.callbacks._loggers import log_point
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._samples import Sample, patch_grid, read_samples
 from attn_callbacks.callbacks._watch import QuietRecorder
@@ -87,7 +90,7 @@ class AttentionHeatmaps(ValidationObserver):
         self._left = 0  # samples still to be seen
         self._seen: list[Sample] = []
         self._valid: Tensor | None = None
-        self._pictures: dict[str, Picture] = {}
+        self._pictures: dict[str, Future[Picture]] = {}
 
     def _begin(self, trainer: Trainer) -> None:
         self._left = self.samples if trainer.is_global_zero else 0
@@ -109,50 +112,73 @@ class AttentionHeatmaps(ValidationObserver):
         return read_samples(self.schema, batch, self._tokenizer, self._left) if self._left else []
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        folder = run_folder(trainer)
         if trainer.is_global_zero:
             with self._guarded():
-                log_pictures(trainer, self._pictures, folder)
+                log_point(trainer, self._writer, self._folder, self._pictures)
         self._clear()
 
     def _draw(self, call: AttentionCall) -> None:
         call = known_tokens(call, self._valid)
         step = maps_per_sample(call.shape[0], self._batch_size)  # of several maps, as in windows, the first is shown
-        for position, sample in enumerate(self._seen if step else ()):
-            one = call.select(position * step)
+        shown = self._seen if step else []
+        asked = [self._asked(call.select(n * step), sample, step == 1) for n, sample in enumerate(shown)]
+        copies = to_host([tensor for tensors in asked for tensor in tensors])
+        for sample, tensors in zip(shown, asked, strict=True):
+            (maps, queries, keys, *relevance), copies = copies[: len(tensors)], copies[len(tensors) :]
             tag = f"attention/sample_{sample.number}/{call_name(call)}"
             title = f"{call_name(call)}, sample {sample.number}, epoch {self._epoch}"
-            self._pictures[tag] = self._heads(one, sample, title)
-            if sample.image is not None and step == 1 and not call.is_cross:
-                self._lay_over(f"{tag}/image", one, sample.image)
+            self._pictures[tag] = self._heads(_Copies(maps, queries, keys, call.is_cross), sample, title)
+            if relevance and sample.image is not None:
+                draw = partial(overlay, sample.image, relevance[0].numpy())
+                self._pictures[f"{tag}/image"] = self._writer.submit(draw, sample.image.nbytes)
 
-    def _heads(self, call: AttentionCall, sample: Sample, title: str) -> Picture:
-        maps, rows, columns = self._map(call, sample)
-        # the same for every epoch, layer and head of a sample, so that a colour means the same weight in all of them
-        high = min(1.0, 4 / math.sqrt(maps.shape[-1]))
-        return attention_heads(maps, row_labels=rows, column_labels=columns, title=title, high=high)
+    def _asked(self, call: AttentionCall, sample: Sample, is_whole: bool) -> list[Tensor]:
+        """What is drawn of one sample's call: maps, pooled if long, which tokens are real, and what lies on the image.
 
-    def _map(self, call: AttentionCall, sample: Sample) -> tuple[Array, list[str] | None, list[str] | None]:
-        """Maps of one sample ``(heads, queries, keys)`` without padding, pooled if long, and the labels of its axes."""
+        All of it stays on the device, and is no larger than what is drawn.
+        """
         _, _, queries, keys = call.shape
         if max(queries, keys) > self.max_tokens:
-            pooled = call.bucketed_weights(min(queries, self.max_tokens), min(keys, self.max_tokens))[0].cpu()
-            shown = _buckets(call.query_valid[0].cpu(), pooled.shape[1])
-            seen = _buckets(call.key_valid[0].cpu(), pooled.shape[2])
-            return pooled[:, shown][:, :, seen].numpy(), None, None
-        shown, seen = call.query_valid[0].cpu(), call.key_valid[0].cpu()
-        maps = call.weights()[0].cpu()[:, shown][:, :, seen]
-        rows = None if call.is_cross else sample.labels(shown)
-        return maps.numpy(), rows, sample.labels(seen)
+            maps = call.bucketed_weights(min(queries, self.max_tokens), min(keys, self.max_tokens))
+        else:
+            maps = call.weights()
+        asked = [maps[0], call.query_valid[0], call.key_valid[0]]
+        return [*asked, *_relevance(call, sample.image)] if is_whole and not call.is_cross else asked
 
-    def _lay_over(self, tag: str, call: AttentionCall, image: Array) -> None:
-        grid = patch_grid(call.shape[3], image.shape[0] / image.shape[1])
-        if grid is None:
-            return
-        rows, columns, prefix = grid
-        weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.device) if prefix else None)
-        relevance = weights[0].mean(dim=(0, 1))[prefix:].view(rows, columns)
-        self._pictures[tag] = overlay(image, relevance.cpu().numpy())
+    def _heads(self, copies: _Copies, sample: Sample, title: str) -> Future[Picture]:
+        maps, rows, columns = self._map(copies, sample)
+        # the same for every epoch, layer and head of a sample, so that a colour means the same weight in all of them
+        high = min(1.0, 4 / math.sqrt(maps.shape[-1]))
+        draw = partial(attention_heads, maps, row_labels=rows, column_labels=columns, title=title, high=high)
+        return self._writer.submit(draw, maps.nbytes)
+
+    def _map(self, copies: _Copies, sample: Sample) -> tuple[Array, list[str] | None, list[str] | None]:
+        """Maps of one sample ``(heads, queries, keys)`` without padding, and unless pooled the labels of its axes."""
+        maps, queries, keys, is_cross = copies
+        shown, seen = _buckets(queries, maps.shape[1]), _buckets(keys, maps.shape[2])
+        drawn = maps[:, shown][:, :, seen].numpy()
+        if maps.shape[1:] != (len(queries), len(keys)):
+            return drawn, None, None
+        return drawn, None if is_cross else sample.labels(shown), sample.labels(seen)
+
+
+class _Copies(NamedTuple):
+    """What was copied of one sample: its maps, which queries and keys are real, and whether they are other tokens."""
+
+    maps: Tensor
+    queries: Tensor
+    keys: Tensor
+    is_cross: bool
+
+
+def _relevance(call: AttentionCall, image: Array | None) -> list[Tensor]:
+    """Attention of the class token (without one, the mean over patches) as it lies on the image, if it does."""
+    grid = None if image is None else patch_grid(call.shape[3], image.shape[0] / image.shape[1])
+    if grid is None:
+        return []
+    rows, columns, prefix = grid
+    weights = call.weights(torch.zeros(1, dtype=torch.long, device=call.device) if prefix else None)
+    return [weights[0].mean(dim=(0, 1))[prefix:].view(rows, columns)]
 
 
 def _buckets(valid: Tensor, buckets: int) -> Tensor:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attn_callbacks._checks import at_least, name_list
 from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.bias import BiasReport
+from attn_callbacks.callbacks._agreed import log_agreed
 from attn_callbacks.callbacks._bias_log import log_report
 from attn_callbacks.callbacks._bias_sensor import BiasSensor
 from attn_callbacks.callbacks._guard import Guard, message
 from attn_callbacks.callbacks._guidance import GuidedStep
-from attn_callbacks.callbacks._loggers import log_agreed, run_folder
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._steps import tap_step
 from attn_callbacks.callbacks._watch import QuietRecorder
+from attn_callbacks.callbacks._writer import BackgroundWriter
 from attn_callbacks.feedback import AttentionGuidance, Feedback
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ class BiasMonitor(ValidationObserver):
         if self._fitting:
             self.report, self.ledger, self._sensor = None, [], self._new_sensor()
             self._bind(module)
+        self._writer = BackgroundWriter(Guard("The log of `BiasMonitor`"))  # feedback goes on without it
         self._recorder = QuietRecorder(
             module, self.layers, self._sensor.measure, Guard("The attention mass of `BiasMonitor`")
         )
@@ -183,17 +184,16 @@ class BiasMonitor(ValidationObserver):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        folder = run_folder(trainer)
         with self._guarded():
             report = self._sensor.report(
                 trainer.current_epoch, trainer.global_step, trainer.strategy, failed=self._guard.off
             )
             if report is not None:
-                self._conclude(report, trainer, module, folder)
+                self._conclude(report, trainer, module)
             elif not self._guard.off:
                 rank_zero_warn("`BiasMonitor` concludes nothing: no validation batch was counted.")
 
-    def _conclude(self, report: BiasReport, trainer: Trainer, module: LightningModule, folder: Path | None) -> None:
+    def _conclude(self, report: BiasReport, trainer: Trainer, module: LightningModule) -> None:
         acting = self.feedback if self._fitting and not self._sensor.broken else ()
         actions = [action for feedback in acting for action in feedback.apply(report)]
         if self._sensor.broken:
@@ -202,8 +202,8 @@ class BiasMonitor(ValidationObserver):
         self.ledger.append(_entry(report, actions))
         for name, value in _monitored(report):
             log_agreed(module, f"bias/{name}", value)
-        if trainer.is_global_zero:
-            log_report(trainer, report, actions, folder)
+        if trainer.is_global_zero and not self._writer.off:
+            log_report(trainer, self._writer, self._folder, report, actions)
 
     def _log_guidance(self, trainer: Trainer, module: LightningModule) -> None:
         for number, guided in enumerate(self._guided):

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, name_list
 from attn_callbacks.batch import BatchSchema
+from attn_callbacks.callbacks._agreed import log_agreed
+from attn_callbacks.callbacks._head_sums import HeadSums
 from attn_callbacks.callbacks._head_table import append_table, layer_scalars, statistic_means
 from attn_callbacks.callbacks._layers import call_name, drawn_rows, known_tokens, samples_of
-from attn_callbacks.callbacks._loggers import log_agreed, log_pictures, log_scalars, run_folder
+from attn_callbacks.callbacks._loggers import log_point
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._watch import QuietRecorder
-from attn_callbacks.capture import AttentionCall
-from attn_callbacks.capture.scores import softmax_rows
-from attn_callbacks.functional import STATISTICS, head_statistics
-from attn_callbacks.metrics import HeadStatisticsMetric, HeadStatisticsResult
+from attn_callbacks.capture import AttentionCall, exact_head_statistics, sampled_head_statistics
+from attn_callbacks.functional import STATISTICS
+from attn_callbacks.metrics import HeadStatisticsResult
 from attn_callbacks.render import layer_head_grid
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["HeadStatistics"]
+
+_MEASURES = {"sampled": sampled_head_statistics, "exact": exact_head_statistics}
 
 
 class HeadStatistics(ValidationObserver):
@@ -50,9 +54,13 @@ class HeadStatistics(ValidationObserver):
         every_n_epochs: Look after every n-th epoch.
         per_head: Also log each head as scalars ``heads/<statistic>/<layer>/head_<i>``.
         seed: Seed of the drawn rows.
+        mode: ``"sampled"`` looks at the drawn rows only. ``"exact"`` takes all rows into the means, for the time of
+            two (causal) to about four more fused forwards of every layer, and without a matrix of queries x keys.
+            Confidence and the largest logit still come from the drawn rows, and so does what no fused call can tell,
+            such as the entropy under a bias that depends on the distance (T5).
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1 or ``mode`` is another word.
         TypeError: If ``layers`` is a single string.
 
     Example:
@@ -69,26 +77,30 @@ class HeadStatistics(ValidationObserver):
         every_n_epochs: int = 1,
         per_head: bool = False,
         seed: int = 0,
+        mode: Literal["sampled", "exact"] = "sampled",
     ) -> None:
         super().__init__(schema, every_n_epochs, every_n_batches)
+        if mode not in _MEASURES:
+            raise ValueError(f"`mode` must be 'sampled' or 'exact', got {mode!r}.")
         self.layers = None if layers is None else name_list("layers", layers)
         self.rows = at_least("rows", rows, 1)
         self.per_head = per_head
         self.seed = seed
+        self.mode: Literal["sampled", "exact"] = mode
         self.result: HeadStatisticsResult | None = None
         self.layer_names: tuple[str, ...] = ()
         self._recorder: QuietRecorder | None = None
-        self._metric: HeadStatisticsMetric | None = None
+        self._sums = HeadSums()
         self._valid: Tensor | None = None
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._generator = torch.Generator()
-        self._layers: dict[str, int] = {}
 
     def _detach(self) -> None:
         super()._detach()
-        self._recorder = self._metric = self._valid = None
+        self._recorder = self._valid = None
+        self._sums = HeadSums()
 
     def _begin(self, trainer: Trainer) -> None:
         self._generator.manual_seed(self.seed + 1_000_003 * trainer.global_step + trainer.global_rank)
@@ -101,63 +113,32 @@ class HeadStatistics(ValidationObserver):
     def _measure(self, call: AttentionCall) -> None:
         call = known_tokens(call, self._valid)
         rows, real = drawn_rows(call, self.rows, self._generator)
-        logits = call.logits(rows)  # from which weights follow: the scores are not computed twice
-        statistics = head_statistics(
-            call.weights(rows) if logits is None else softmax_rows(logits),
-            logits,
-            positions=rows,
-            allowed=call.allowed(rows),
-            valid=real,
-            key_valid=call.key_valid,
-            square=not call.is_cross and call.shape[2] == call.shape[3],
-        )
-        layer = self._layers.setdefault(call_name(call), len(self._layers))
-        self._metric = _sized(self._metric, len(self._layers), statistics.shape[1], call.device)
-        self._metric.update(layer, *samples_of(statistics, call.query_valid.sum(dim=-1), self._samples))
+        statistics = _MEASURES[self.mode](call, rows, real)
+        self._sums.add(call_name(call), *samples_of(statistics, call.query_valid.sum(dim=-1), self._samples))
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        folder = run_folder(trainer)
-        metric = self._metric = self._agreed_metric(trainer)
-        if metric is None:
+        found = None
+        with self._guarded():
+            found = self._sums.conclude(trainer.strategy.root_device, failed=self._guard.off)
+        if found is None:
             return
-        result = self.result = HeadStatisticsResult(*(tensor.cpu() for tensor in metric.compute()))
-        metric.reset()
-        unseen = (f"layer_{layer}" for layer in range(len(self._layers), metric.layers))
-        self.layer_names = (*self._layers, *unseen)
-        for name, value in statistic_means(result.mean.flatten(0, 1)).items():
+        self.layer_names, self.result = found
+        for name, value in statistic_means(self.result.mean.flatten(0, 1)).items():
             log_agreed(module, f"heads/{name}_mean", value)
         if trainer.is_global_zero:
             with self._guarded():
-                self._write(trainer, result, folder)
+                self._write(trainer, self.result)
 
-    def _agreed_metric(self, trainer: Trainer) -> HeadStatisticsMetric | None:
-        """Return a metric of the same size on every process, also on one whose share of the data was empty."""
-        own, device = self._metric, trainer.strategy.root_device
-        sizes = torch.tensor([own.layers, own.heads] if own else [0, 0], device=device)
-        layers, heads = trainer.strategy.reduce(sizes, reduce_op="max").tolist()
-        return _sized(own, layers, heads, device) if layers else None
-
-    def _write(self, trainer: Trainer, result: HeadStatisticsResult, folder: Path | None) -> None:
+    def _write(self, trainer: Trainer, result: HeadStatisticsResult) -> None:
         labels = self.layer_names
-        log_scalars(trainer, dict(layer_scalars(result, labels, self.per_head)))
+        fields = [field.numpy() for field in (result.mean, result.standard_error, result.median)]
         pictures = {
-            f"heads/{name}": layer_head_grid(values.numpy(), title=name, layer_labels=labels)
-            for name, values in zip(STATISTICS, result.mean.unbind(dim=-1), strict=True)
-            if not values.isnan().all()
+            f"heads/{name}": self._writer.submit(partial(layer_head_grid, values, title=name, layer_labels=labels))
+            for name, values in zip(STATISTICS, fields[0].transpose(2, 0, 1), strict=True)
+            if not np.isnan(values).all()
         }
-        log_pictures(trainer, pictures, folder)
-        if folder is not None:
-            table = folder / "attention" / "head_statistics.csv"
-            append_table(table, trainer.current_epoch, trainer.global_step, result, labels)
-
-
-def _sized(metric: HeadStatisticsMetric | None, layers: int, heads: int, device: torch.device) -> HeadStatisticsMetric:
-    """Return a metric with room for so many layers and heads, and with what ``metric`` holds."""
-    if metric is not None and layers <= metric.layers and heads <= metric.heads:
-        return metric
-    if metric is None:
-        return HeadStatisticsMetric(layers, heads).to(device)
-    grown = HeadStatisticsMetric(max(layers, metric.layers), max(heads, metric.heads)).to(device)
-    for name in ("moments", "histogram", "highest"):
-        grown.writable(name)[: metric.layers, : metric.heads] = getattr(metric, name)
-    return grown
+        log_point(trainer, self._writer, self._folder, pictures, dict(layer_scalars(result, labels, self.per_head)))
+        if self._folder is not None:
+            table = self._folder / "attention" / "head_statistics.csv"
+            job = partial(append_table, table, trainer.current_epoch, trainer.global_step, fields, labels)
+            self._writer.submit(job)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -79,12 +80,17 @@ class AskedCall(ABC):
         keeps_half: bool = False,
     ) -> RowStatistic:
         """Ask the kernel, ``exact(problem, *features)``, or else rows of weights, ``plain(rows, *features)``."""
-        with torch.autocast(self.device.type, enabled=False):
+        with _undisturbed(self.device):
             problem = self._posed(uses_logsumexp, keeps_half)
             if problem is None:
                 return self._ask_rows(lambda rows: plain(rows, *features))
+            counted = self._counted(problem)
+
+            def zeroed(part: Problem, own_counted: Tensor, *own: Tensor) -> Tensor:
+                return _zeroed(exact(part, *own), own_counted)
+
             width = sum(own.shape[-1] for own in features)
-            return _answer(_parts(problem, exact, *features, width=width), self._counted(problem))
+            return _answer(_parts(problem, zeroed, counted, *features, width=width), counted)
 
     def _ask_expectation(self, features: Tensor) -> RowStatistic:
         return self._ask(
@@ -96,42 +102,45 @@ class AskedCall(ABC):
         )
 
     def _ask_entropy(self, features: Tensor) -> tuple[RowStatistic, RowStatistic]:
-        with torch.autocast(self.device.type, enabled=False):
+        with _undisturbed(self.device):
             problem = self._problem(keeps_half=True)
             whole = None if problem is None else with_separated_bias(problem)
             if whole is None:
                 entropy = self._ask_rows(lambda rows: rows.entropy())
                 return entropy, self._ask_expectation(features)
 
+            counted = self._counted(whole)
+
             def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor, ...]:
-                return distribution.entropy_and_expectation(part, cut(features, batch, heads))
+                found = distribution.entropy_and_expectation(part, cut(features, batch, heads))
+                own = cut(counted, batch, heads)
+                return _zeroed(found[0], own), _zeroed(found[1], own), found[2]
 
             width = whole.query.shape[-1] + features.shape[-1]
             entropies, expected, logsumexp = in_parts(whole, width, compute)
             self._logsumexps()[whole.query.dtype] = logsumexp
-            counted = self._counted(whole)
             return _answer(entropies, counted), _answer(expected, counted)
 
     def _ask_keys(self, keys: Tensor, exists: Tensor) -> RowStatistic:
         """Ask for the weight of every query on ``keys (batch | 1, queries | 1, n)``, as far as they exist."""
-        with torch.autocast(self.device.type, enabled=False):
+        with _undisturbed(self.device):
             problem = self._posed(uses_logsumexp=True)
             if problem is None:
                 return self._ask_rows(lambda rows: rows.key_mass(keys, exists), lambda rows: rows.may_see(keys, exists))
-            allowed = chosen.may_see(problem, keys) & exists[:, None]
-            allowed = allowed.expand(len(problem.query), -1, -1, -1)
 
-            def mass(part: Problem, own_keys: Tensor, own_allowed: Tensor) -> Tensor:
-                return chosen.key_mass(part, own_keys[:, 0], own_allowed).sum(dim=-1)
+            def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor, ...]:
+                own, real = (cut(tensor[:, None], batch, heads)[:, 0] for tensor in (keys, exists))
+                return chosen.mass_on_keys(part, own, real)
 
-            values = _parts(problem, mass, keys[:, None], allowed)
-            return _answer(values, self._counted(problem) & allowed.any(dim=-1))
+            values, sees = in_parts(problem, 0, compute)
+            counted = self._counted(problem) & sees
+            return _answer(_zeroed(values, counted), counted)
 
     def _choices(self) -> Tensor:
         problem = self._problem(keeps_half=True)
         if problem is None:
             known = self.key_valid[:, None, None]
-            chunks = row_chunks(self.shape[2], self.device)
+            chunks = row_chunks(self.shape, self.device)
             counts = [(self.allowed(rows) & known).sum(dim=-1).expand(-1, -1, len(rows)) for rows in chunks]
             return torch.cat(counts, dim=2)
         gone = torch.zeros_like(self.key_valid, dtype=problem.query.dtype).masked_fill(~self.key_valid, -torch.inf)
@@ -139,14 +148,14 @@ class AskedCall(ABC):
         return replace(problem, key_bias=bias).choices()
 
     def _received(self) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
+        with _undisturbed(self.device):
             problem = self._posed(uses_logsumexp=True)
             if problem is None:
                 return received_from_rows(self.weights, self.query_valid, self.shape)
             return wide(_parts(problem, received.received_mass, self._counted(problem)))
 
     def _pooled(self, parts: tuple[int, int]) -> Tensor:
-        with torch.autocast(self.device.type, enabled=False):
+        with _undisturbed(self.device):
             problem = self._posed(uses_logsumexp=False, keeps_half=True)
             if problem is None:
                 return pooled_weights(self.weights, self.query_valid, self.shape, parts)
@@ -163,7 +172,7 @@ class AskedCall(ABC):
         batch, _, queries, _ = self.shape
         sample, drawn = None, self.query_valid
         if self._has_matrix or queries <= _ROWS:
-            chunks = [rows.expand(batch, -1) for rows in row_chunks(queries, self.device)]
+            chunks = [rows.expand(batch, -1) for rows in row_chunks(self.shape, self.device)]
         else:
             sample, drawn = stratified_rows(self.query_valid, _ROWS, torch.Generator().manual_seed(0))
             chunks = [sample]
@@ -173,7 +182,7 @@ class AskedCall(ABC):
             values.append(plain(own))
             alive.append(own.alive() if counts is None else own.alive() & counts(own))
         counted = torch.cat(alive, dim=2) & drawn[:, None]
-        return _answer(torch.cat(values, dim=2), counted, sample)
+        return _answer(_zeroed(torch.cat(values, dim=2), counted), counted, sample)
 
     def _plain_rows(self, rows: Tensor) -> PlainRows:
         logits = self.logits(rows)
@@ -209,8 +218,17 @@ def _parts(problem: Problem, exact: Callable[..., Tensor], *tensors: Tensor, wid
     return in_parts(problem, width, compute)[0]
 
 
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Compute in the precision of the tensors, and out of sight of a recorder that is listening."""
+    with torch.autocast(device.type, enabled=False), torch._C.DisableTorchFunction():
+        yield
+
+
+def _zeroed(values: Tensor, counted: Tensor) -> Tensor:
+    """Put zeros in rows that do not count; what kernels leave there may be anything."""
+    return wide(values).where(counted if values.ndim == 3 else counted[..., None], 0.0)
+
+
 def _answer(values: Tensor, counted: Tensor, rows: Tensor | None = None) -> RowStatistic:
-    shape = values.shape[:3]
-    counted = counted.expand(shape)
-    own = counted if values.ndim == 3 else counted[..., None]
-    return RowStatistic(wide(values).where(own, 0.0), counted, rows)
+    return RowStatistic(values, counted.expand(values.shape[:3]), rows)

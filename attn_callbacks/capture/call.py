@@ -14,7 +14,7 @@ from attn_callbacks.capture import flex
 from attn_callbacks.capture.exact.problem import Problem
 from attn_callbacks.capture.exact.reading import read_problem
 from attn_callbacks.capture.rows import check_rows, row_chunks, take_rows
-from attn_callbacks.capture.scores import fused_scores, let_through, softmax_rows, wide
+from attn_callbacks.capture.scores import cut_off, fused_scores, let_through, softmax_rows, wide
 from attn_callbacks.capture.statistics import CallStatistics
 
 __all__ = ["AttentionCall"]
@@ -132,7 +132,7 @@ class AttentionCall(CallStatistics):
             return self.given_key_valid
         batch, _, queries, keys = self.shape
         # a mask function has no tensor yet: build its answers for some rows at a time
-        chunks = row_chunks(queries, self.device) if self.mask_mod is not None else [None]
+        chunks = row_chunks(self.shape, self.device) if self.mask_mod is not None else [None]
         seen = [self._unmasked(rows).any(dim=-2).any(dim=1) for rows in chunks]
         valid = torch.stack(seen).any(dim=0).expand(batch, keys)
         return valid & (torch.arange(keys, device=self.device) < queries) if self.is_causal else valid
@@ -181,7 +181,13 @@ class AttentionCall(CallStatistics):
             return None
         rows = check_rows(rows, self.shape, self.device)
         with torch.autocast(self.device.type, enabled=False):  # would cast float() @ float() down again
-            return self._scores(rows).masked_fill(~self.allowed(rows), -math.inf)
+            if self.query is None or self.key is None:
+                return cut_off(take_rows(self._source, rows))
+            scores = fused_scores(self.query, self.key, self.scale, rows)
+            if self.score_mod is not None:
+                scores = flex.modified_scores(self.score_mod, scores, rows)
+            bias = self._bias(rows)
+            return scores if bias is None else scores + bias
 
     def weights(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
         """Attention weights without dropout: rows sum to one, rows without any allowed key are zero.
@@ -218,12 +224,16 @@ class AttentionCall(CallStatistics):
     def _source(self) -> Tensor:
         return next(tensor for tensor in (self.query, self.scores, self.recorded) if tensor is not None)
 
-    def _scores(self, rows: Tensor | None) -> Tensor:
-        """The input of the softmax, where boolean masks and ``is_causal`` are left aside."""
-        if self.query is None or self.key is None:
-            return wide(take_rows(self._source, rows))
-        scores = fused_scores(self.query, self.key, self.mask, self.scale, rows)
-        return scores if self.score_mod is None else flex.modified_scores(self.score_mod, scores, rows)
+    def _bias(self, rows: Tensor | None) -> Tensor | None:
+        """What is added to the scores: the additive mask, and ``-inf`` where a query may not attend."""
+        bias = torch.zeros((), dtype=torch.float32, device=self.device)
+        if self.mask is not None and self.mask.is_floating_point():
+            bias = cut_off(take_rows(self.mask, rows))
+            if not self.is_causal:
+                return bias
+        elif self.mask is None and self.mask_mod is None and not self.is_causal:
+            return None
+        return torch.where(self.allowed(rows), bias, -math.inf)
 
     def _unmasked(self, rows: Tensor | None) -> Tensor:
         """Where the masks let a query attend, ``is_causal`` left aside."""

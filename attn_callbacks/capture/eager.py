@@ -69,10 +69,12 @@ class SoftmaxWatch:
             attends = func in _PRODUCTS and _product_attends(operands, position)
         if attends:
             self.forget(weights)
+            # the product, unless its axes may come in another order: weights may take much more memory to hold
+            used = output if func in _PRODUCTS and output.shape[:-1] == weights.shape[:-1] else weights
             if softmax.scores is None:
-                self._emit(AttentionCall(name="", recorded=_by_head(weights, modules)), weights)
+                self._emit(AttentionCall(name="", recorded=_by_head(weights, modules), output=used), weights)
             else:
-                self._emit(AttentionCall(name="", scores=_by_head(softmax.scores, modules)), weights)
+                self._emit(AttentionCall(name="", scores=_by_head(softmax.scores, modules), output=used), weights)
         elif output is not weights:
             self._follow(func, weights, softmax, output)
 

@@ -13,6 +13,7 @@ __all__ = ["flex_call", "four_axes", "sdpa_call"]
 
 
 def sdpa_call(
+    output: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -22,7 +23,10 @@ def sdpa_call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionCall | None:
-    """Read a call of ``scaled_dot_product_attention``; ``None`` for nested tensors, whose lengths are not in it."""
+    """Read a call of ``scaled_dot_product_attention`` that returned ``output``.
+
+    ``None`` for nested tensors, whose lengths are not in the call.
+    """
     if query.is_nested:
         return None
     return AttentionCall(
@@ -30,6 +34,7 @@ def sdpa_call(
         query=four_axes(query),
         key=four_axes(key),
         value=four_axes(value),
+        output=output,
         mask=None if attn_mask is None else _mask(attn_mask, query),
         is_causal=is_causal,
         scale=scale,
@@ -38,6 +43,7 @@ def sdpa_call(
 
 
 def flex_call(
+    output: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,12 +53,16 @@ def flex_call(
     *_: Any,
     **__: Any,
 ) -> AttentionCall:
-    """Read a call of FlexAttention's operator, which gets a block mask in its parts, the function last."""
+    """Read a call of FlexAttention's operator.
+
+    The operator gets a block mask in its parts, the function last, and returns the log-sum-exp behind its output.
+    """
     return AttentionCall(
         name="",
         query=query,
         key=key,
         value=value,
+        output=output[0] if isinstance(output, tuple) else output,
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
         score_mod=score_mod,

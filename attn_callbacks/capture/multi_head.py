@@ -24,14 +24,14 @@ class _Listener:
     is_cross: bool
     heads: int
 
-    def sdpa(self, *args: Any, **kwargs: Any) -> None:
-        call = sdpa_call(*args, **kwargs)
+    def sdpa(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
+        call = sdpa_call(output, *args, **kwargs)
         if call is not None:
             self.emit(replace(call, is_cross=self.is_cross))
 
-    def softmax(self, scores: Tensor, *_: Any, **__: Any) -> None:
+    def softmax(self, weights: Tensor, scores: Tensor, *_: Any, **__: Any) -> None:
         by_head = scores.reshape(-1, self.heads, *scores.shape[-2:])  # from (batch * heads, queries, keys)
-        self.emit(AttentionCall(name="", is_cross=self.is_cross, scores=by_head))
+        self.emit(AttentionCall(name="", is_cross=self.is_cross, scores=by_head, output=weights))
 
 
 class _Listening(threading.local):
@@ -70,9 +70,10 @@ def inside_multi_head(
 def _announced(site: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def announced(*args: Any, **kwargs: Any) -> Any:
+            output = function(*args, **kwargs)
             for listener in _listening.listeners:
-                getattr(listener, site)(*args, **kwargs)
-            return function(*args, **kwargs)
+                getattr(listener, site)(output, *args, **kwargs)
+            return output
 
         return announced
 

@@ -64,8 +64,8 @@ class PlainRows:
         """Variance of the attended position."""
         weights = self.weights.double()
         position = torch.arange(weights.shape[-1], device=weights.device, dtype=weights.dtype)
-        first, second = weights @ position, weights @ position**2
-        return (second - first**2).clamp_min(0.0).to(self.weights.dtype)
+        apart = position - (weights @ position)[..., None]  # weights that do not sum to one allow no shorter form
+        return (weights * apart**2).sum(dim=-1).to(self.weights.dtype)
 
     def mean_distance(self) -> Tensor:
         """Mean distance between query and key."""

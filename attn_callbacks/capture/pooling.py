@@ -30,9 +30,9 @@ def pooled_weights(
     batch, heads, queries, keys = shape
     places = torch.arange(queries, device=valid.device) * parts[0] // queries
     columns = torch.arange(keys, device=valid.device) * parts[1] // keys
-    total = torch.zeros(batch, heads, *parts, device=valid.device)
-    count = torch.zeros(batch, heads, parts[0], device=valid.device)
-    for rows in row_chunks(queries, valid.device):
+    total = torch.zeros(batch, heads, *parts, dtype=torch.float32, device=valid.device)
+    count = torch.zeros(batch, heads, parts[0], dtype=torch.float32, device=valid.device)
+    for rows in row_chunks(shape, valid.device):
         own = weights(rows).float() * valid[:, None, rows, None]
         pooled = own.new_zeros(batch, heads, len(rows), parts[1]).index_add(-1, columns, own)
         total = total.index_add(2, places[rows], pooled)
@@ -42,8 +42,6 @@ def pooled_weights(
 
 def received_from_rows(weights: Callable[[Tensor], Tensor], valid: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Add up the weights that each key gets from the valid queries, ``(batch, heads, keys)``; arguments as above."""
-    batch, heads, queries, keys = shape
-    total = torch.zeros(batch, heads, keys, device=valid.device)
-    for rows in row_chunks(queries, valid.device):
-        total = total + (weights(rows) * valid[:, None, rows, None]).sum(dim=2)
-    return total
+    chunks = row_chunks(shape, valid.device)
+    found = [(weights(rows) * valid[:, None, rows, None]).sum(dim=2) for rows in chunks]
+    return torch.stack(found).sum(dim=0)

@@ -144,7 +144,8 @@ class AttentionRecorder:
             return
         _active.paused = True  # what the receiver computes is not the model's, for no recorder of this thread
         try:
-            self.on_call(call)
+            with torch._C.DisableTorchFunction():  # nor has it to pass through the modes that listen
+                self.on_call(call)
         finally:
             _active.paused = False
 

@@ -8,9 +8,10 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-__all__ = ["check_rows", "row_chunks", "take_rows"]
+__all__ = ["check_rows", "row_chunks", "rows_at_once", "take_rows"]
 
 _CHUNK = 256
+_BLOCK_BYTES = 16 * 2**20
 
 
 def check_rows(
@@ -45,9 +46,16 @@ def _check_range(rows: Tensor, queries: int) -> None:
         raise ValueError(f"`rows` must lie between 0 and {queries - 1}, got {int(outside[0])}.")
 
 
-def row_chunks(queries: int, device: torch.device) -> Sequence[Tensor]:
-    """Split all rows into lists short enough to work on one after the other."""
-    return torch.arange(queries, device=device).tensor_split(tuple(range(_CHUNK, queries, _CHUNK)))
+def rows_at_once(maps: int, keys: int, rows: int) -> int:
+    """Return how many of the rows of so many maps (samples x heads) are worked on at a time: a few megabytes."""
+    return max(16, min(rows, _BLOCK_BYTES // (4 * max(maps * keys, 1))))
+
+
+def row_chunks(shape: tuple[int, int, int, int], device: torch.device) -> Sequence[Tensor]:
+    """Split all rows of attention ``(batch, heads, queries, keys)`` into lists to work on one after the other."""
+    batch, heads, queries, keys = shape
+    chunks: Sequence[Tensor] = torch.arange(queries, device=device).split(rows_at_once(batch * heads, keys, _CHUNK))
+    return chunks
 
 
 def take_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -57,5 +65,5 @@ def take_rows(tensor: Tensor, rows: Tensor | None) -> Tensor:
     if rows.ndim == 1:
         return tensor.index_select(-2, rows)
     wide = tensor.expand(len(rows), -1, -1, -1)
-    index = rows[:, None, :, None].expand(-1, wide.shape[1], -1, wide.shape[-1])
-    return wide.gather(-2, index)
+    batch, head = (torch.arange(size, device=tensor.device) for size in wide.shape[:2])
+    return wide[batch[:, None, None], head[:, None], rows[:, None]]  # copies whole rows, which `gather` does not

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture.call import AttentionCall
-from attn_callbacks.functional.statistics import head_statistics, logit_statistics
+from attn_callbacks.functional._frame import Frame
+from attn_callbacks.functional.statistics import logit_statistics, weight_statistics
 
 __all__ = ["sampled_head_statistics"]
 
@@ -38,19 +39,14 @@ def sampled_head_statistics(
         ValueError: If a shape does not fit or ``long_range`` is not positive.
 
     Example:
+        >>> from attn_callbacks.functional import stratified_rows
         >>> tokens = torch.zeros(1, 2, 8, 4)
         >>> call = AttentionCall("attention", query=tokens, key=tokens)
         >>> rows, drawn = stratified_rows(call.query_valid, 4, torch.Generator())
         >>> sampled_head_statistics(call, rows, drawn)[0, 0, :3]  # entropy, normalised entropy, confidence
         tensor([2.0794, 1.0000, 0.1250])
     """
-    around = {
-        "positions": rows,
-        "allowed": call.allowed(rows),
-        "valid": drawn,
-        "key_valid": call.key_valid,
-        "long_range": long_range,
-        "square": not call.is_cross and call.shape[2] == call.shape[3],
-    }
+    square = not call.is_cross and call.shape[2] == call.shape[3]
+    frame = Frame(rows, call.allowed(rows), drawn, call.key_valid, long_range, square)
     logits = call.logits(rows)
-    return head_statistics(call.weights(rows), **around) if logits is None else logit_statistics(logits, **around)
+    return weight_statistics(call.weights(rows), None, frame) if logits is None else logit_statistics(logits, frame)

@@ -52,7 +52,7 @@ class AttentionSites(TorchFunctionMode):
             with inside_multi_head(self._emit, *args, **kwargs):
                 return func(*args, **kwargs)
         output = func(*args, **kwargs)
-        call = self._read(func, args, kwargs)
+        call = self._read(output, func, args, kwargs)
         if call is not None:
             self._emit(call)
         elif func in SOFTMAXES:
@@ -75,9 +75,9 @@ class AttentionSites(TorchFunctionMode):
             finally:
                 _scopes.open.remove(self._scope)
 
-    def _read(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall | None:
+    def _read(self, output: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall | None:
         if func is _SDPA:
-            return sdpa_call(*args, **kwargs)
+            return sdpa_call(output, *args, **kwargs)
         if func in native.KERNELS:
             return native.KERNELS[func](self._padded_length, *args, **kwargs)
         if func is torch._nested_tensor_from_mask:
@@ -85,7 +85,7 @@ class AttentionSites(TorchFunctionMode):
         elif func is Tensor.to_padded_tensor:
             self._padded_length = None
         elif getattr(func, "__name__", "") == "flex_attention" and len(args) > 2:
-            return flex_call(*args, **kwargs)
+            return flex_call(output, *args, **kwargs)
         return None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, integer
+from attn_callbacks.capture.arguments import check_same_tokens, feature_columns, sample_widths
 from attn_callbacks.capture.asking import AskedCall
 from attn_callbacks.capture.exact import distribution, position
 from attn_callbacks.capture.row_statistic import RowStatistic
@@ -61,7 +62,7 @@ class CallStatistics(AskedCall):
         Raises:
             ValueError: If ``features`` has another shape.
         """
-        return self._ask_expectation(self._columns(features))
+        return self._ask_expectation(feature_columns(features, self.shape))
 
     def entropy(self) -> RowStatistic:
         """Entropy of every query's weights, in nats. One call."""
@@ -77,7 +78,7 @@ class CallStatistics(AskedCall):
             >>> entropy.values, position.mean()
             (tensor([[[0.6931, 0.6931]]]), tensor([[[0.5000]]]))
         """
-        return self._ask_entropy(self._columns(features))
+        return self._ask_entropy(feature_columns(features, self.shape))
 
     def renyi_entropy(self, order: float = 2.0) -> RowStatistic:
         r"""Rényi entropy :math:`\frac{1}{1 - a} \log \sum_j p_{ij}^a` in nats. One call more than the log-sum-exp.
@@ -116,7 +117,7 @@ class CallStatistics(AskedCall):
         Raises:
             ValueError: If queries and keys are not the same tokens.
         """
-        self._check_same_tokens("mean_distance")
+        check_same_tokens("mean_distance", self.shape, self.is_cross)
         known = () if mean_position is None or not mean_position.is_exact else (mean_position.values,)
         return self._ask(
             position.mean_distance, lambda rows, *_: rows.mean_distance(), *known, uses_logsumexp=bool(known)
@@ -128,7 +129,7 @@ class CallStatistics(AskedCall):
         Raises:
             ValueError: If ``width`` is below 0, or queries and keys are not the same tokens.
         """
-        self._check_same_tokens("window_mass")
+        check_same_tokens("window_mass", self.shape, self.is_cross)
         width = at_least("width", width, 0)
         return self._ask(lambda p: position.window_mass(p, width), lambda rows: rows.window_mass(width))
 
@@ -139,11 +140,12 @@ class CallStatistics(AskedCall):
             width: In tokens; ``(batch,)`` for a width of each sample.
 
         Raises:
-            ValueError: If ``width`` is below 0, or queries and keys are not the same tokens.
+            ValueError: If ``width`` is below 0 or has another shape, or queries and keys are not the same tokens.
+            TypeError: If ``width`` does not hold integers.
         """
-        self._check_same_tokens("far_mass")
+        check_same_tokens("far_mass", self.shape, self.is_cross)
         if isinstance(width, Tensor):
-            own = width.reshape(-1, 1).to(self.device)
+            own = sample_widths(width, self.shape[0]).to(self.device)
             return self._ask(lambda p, w: position.far_mass(p, w[:, 0]), lambda rows, w: rows.far_mass(w), own)
         most = at_least("width", width, 0)
         return self._ask(lambda p: position.far_mass(p, most), lambda rows: rows.far_mass(most))
@@ -175,7 +177,7 @@ class CallStatistics(AskedCall):
         Raises:
             ValueError: If queries and keys are not the same tokens.
         """
-        self._check_same_tokens("offset_mass")
+        check_same_tokens("offset_mass", self.shape, self.is_cross)
         length = self.shape[3]
         keys = torch.arange(length, device=self.device) + integer("offset", offset)
         index = keys.clamp(0, max(length - 1, 0))
@@ -223,27 +225,7 @@ class CallStatistics(AskedCall):
         """
         if not 1 <= k <= self.shape[3]:
             raise ValueError(f"`k` must lie between 1 and the number of keys {self.shape[3]}, got {k}.")
-        chunks = row_chunks(self.shape[2], self.device) if rows is None else [rows]
+        chunks = row_chunks(self.shape, self.device) if rows is None else [rows]
         found = [self.weights(chunk).topk(k, dim=-1) for chunk in chunks]
         values, indices = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
         return TopKeys(values, indices)
-
-    def _columns(self, features: Tensor) -> Tensor:
-        """Give features the axes ``(batch | 1, heads | 1, keys, features)``."""
-        batch, heads, _, keys = self.shape
-        columns = features[None, None] if features.ndim == 2 else features
-        fits = columns.ndim == 4 and columns.shape[0] in (1, batch) and columns.shape[1] in (1, heads)
-        if not fits or columns.shape[2] != keys:
-            raise ValueError(
-                f"`features` must have shape (keys, features) = ({keys}, features) or ({batch}, {heads}, {keys}, "
-                f"features), got {tuple(features.shape)}."
-            )
-        return columns
-
-    def _check_same_tokens(self, name: str) -> None:
-        _, _, queries, keys = self.shape
-        if self.is_cross or queries != keys:
-            raise ValueError(
-                f"`{name}` compares positions of queries and keys, and here they are not the same tokens: "
-                f"{'cross-attention of ' if self.is_cross else ''}{queries} queries and {keys} keys."
-            )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attn_callbacks._checks import check_axes
-from attn_callbacks.functional._frame import Frame, frame_of
+from attn_callbacks.functional._frame import Frame
 from attn_callbacks.functional.entropy import row_entropy
 from attn_callbacks.functional.rows import row_mean
 
-__all__ = ["STATISTICS", "head_statistics", "logit_statistics"]
+__all__ = ["STATISTICS", "head_statistics", "logit_statistics", "weight_statistics"]
 
 STATISTICS: tuple[str, ...] = (
     "entropy",
@@ -101,54 +102,39 @@ def head_statistics(
         Attention Sinks", 2023 (first token). ``long_range`` is ours.
     """
     check_axes("weights", weights, 4)
+    return weight_statistics(weights, logits, Frame(positions, allowed, valid, key_valid, long_range, square))
+
+
+def weight_statistics(weights: Tensor, logits: Tensor | None, frame: Frame) -> Tensor:
+    """Do what `head_statistics` does, with its other arguments in one object."""
     weights = weights.detach().float()
-    frame = frame_of(
-        weights,
-        weights.sum(dim=-1) != 0,
-        positions=positions,
-        allowed=allowed,
-        valid=valid,
-        key_valid=key_valid,
-        long_range=long_range,
-        square=square,
-    )
-    if logits is None:
-        top = weights.new_full((1, 1, 1), torch.nan)
-    else:
-        top = _top_logit(weights, logits, None if allowed is None and key_valid is None else frame.allowed)
-    return _averages(weights, row_entropy(weights), weights.amax(dim=-1), top, frame)
+    pairs = frame.pairs(weights)
+    top = weights.new_full((1, 1, 1), torch.nan)
+    if logits is not None:
+        everywhere = frame.allowed is None and frame.key_valid is None
+        top = _top_logit(weights, logits, None if everywhere else pairs)
+    attends = weights.sum(dim=-1) != 0
+    return _averages(weights, row_entropy(weights), weights.amax(dim=-1), top, attends, pairs, frame)
 
 
-def logit_statistics(
-    logits: Tensor,
-    *,
-    positions: Tensor | None = None,
-    allowed: Tensor | None = None,
-    valid: Tensor | None = None,
-    key_valid: Tensor | None = None,
-    long_range: float = 0.25,
-    square: bool = True,
-) -> Tensor:
-    """Compute `head_statistics` of the softmax of ``logits``, at half the cost of the two calls.
+def logit_statistics(logits: Tensor, frame: Frame) -> Tensor:
+    """Compute `head_statistics` of the softmax of ``logits``, in fewer passes than the two take.
 
-    The entropy of a softmax needs no logarithm of its weights: it is the log-sum-exp less the expected logit. It comes
-    with the rounding of float32 logits, about ``1e-7`` times the largest of them.
+    The entropy of a softmax needs no logarithm of its weights: it is the log-sum-exp less the expected logit. It is
+    rounded as the logits are, by about ``1e-7`` times the largest of them.
 
     Args:
-        logits: Scores before the softmax, ``-inf`` (or far below all others) wherever ``allowed`` is ``False``; a row
-            of ``-inf`` alone is invalid. Stays as it is.
-        positions: This and all that follows are as in `head_statistics`.
+        logits: Scores before the softmax, ``-inf`` (or far below all others) wherever ``frame.allowed`` is ``False``; a
+            row of ``-inf`` alone is invalid.
+        frame: The other arguments of `head_statistics`.
 
     Shape:
         - logits: ``(batch, heads, rows, keys)``
         - output: ``(batch, heads, statistics)``, float32, along `STATISTICS`; NaN where a statistic has no row
 
-    Raises:
-        ValueError: As `head_statistics`.
-
     Example:
         >>> logits = torch.tensor([[[[1.0, 0.0], [1.0, 9.0]]]]).log()
-        >>> values = logit_statistics(logits, allowed=torch.ones(2, 2, dtype=torch.bool).tril())[0, 0]
+        >>> values = logit_statistics(logits, Frame(allowed=torch.ones(2, 2, dtype=torch.bool).tril()))[0, 0]
         >>> {name: round(value, 4) for name, value in zip(STATISTICS[:4], values.tolist())}
         {'entropy': 0.1625, 'entropy_normalised': 0.469, 'confidence': 0.95, 'distance': 0.05}
     """
@@ -158,74 +144,71 @@ def logit_statistics(
     top = finite.amax(dim=-1)
     weights = finite.softmax(dim=-1)
     highest = weights.amax(dim=-1)
-    log_sum = top - highest.log()
-    # The sum of the weights is one but for rounding, which a large log-sum-exp would multiply.
-    entropy = (weights.sum(dim=-1) * log_sum - finite.mul_(weights).sum(dim=-1)).clamp_min(0.0)
-    frame = frame_of(
-        weights,
-        top != lowest,
-        positions=positions,
-        allowed=allowed,
-        valid=valid,
-        key_valid=key_valid,
-        long_range=long_range,
-        square=square,
-    )
-    return _averages(weights, entropy, highest, top, frame)
+    entropy = top - highest.log() - finite.mul_(weights).sum(dim=-1)  # log-sum-exp less expected logit
+    return _averages(weights, entropy.clamp_min(0.0), highest, top, top != lowest, frame.pairs(weights), frame)
 
 
-def _averages(weights: Tensor, entropy: Tensor, highest: Tensor, top: Tensor, frame: Frame) -> Tensor:
-    """Average the statistics of the rows that have them; ``entropy``, ``highest``, ``top``: ``(batch, heads, rows)``.
+def _averages(
+    weights: Tensor, entropy: Tensor, highest: Tensor, top: Tensor, attends: Tensor, pairs: Tensor, frame: Frame
+) -> Tensor:
+    """Average over the rows that count, all statistics in one go: for short rows the number of calls is the cost.
 
-    All statistics go through one reduction: on small rows the number of calls is what costs.
+    ``entropy``, ``highest`` weight, ``top`` logit and ``attends``, whether there is any weight: one a row.
     """
-    normalised = entropy / frame.choices.clamp_min(2).log()
+    choices = pairs.sum(dim=-1, dtype=torch.int32)  # a third of the time of int64
+    valid = attends & (choices > 0) & frame.wanted(weights)
+    tokens = frame.tokens(pairs)
+    queries = frame.queries(weights)
     rows = {
-        "entropy": (entropy, frame.valid),
-        "entropy_normalised": (normalised, frame.valid & (frame.choices > 1)),
-        "confidence": (highest, frame.valid),
-        **_masses(weights, frame),
-        **_distances(weights, frame),
+        "entropy": (entropy, valid),
+        "entropy_normalised": (entropy / choices.clamp_min(2).float().log(), valid & (choices > 1)),
+        "confidence": (highest, valid),
+        **_masses(weights, pairs, valid, tokens.to(torch.uint8).argmax(dim=-1), queries),
     }
-    missing = (torch.zeros_like(entropy), torch.zeros_like(frame.valid))
-    values, counted = (torch.stack(parts, dim=-2) for parts in zip(*(rows.get(name, missing) for name in _MEANS)))
-    top = top.masked_fill(~frame.valid, -torch.inf).amax(dim=-1)
-    top = top.masked_fill(top == -torch.inf, torch.nan)
-    return torch.cat([row_mean(values, counted), top[..., None]], dim=-1)
+    if queries is not None:
+        distance, far = _distances(weights, queries, frame.limit(tokens))
+        rows |= {"distance": (distance, valid), "long_range_mass": (far, valid)}
+    missing = (torch.zeros_like(entropy), torch.zeros_like(valid))
+    values, counted = zip(*(rows.get(name, missing) for name in _MEANS), strict=True)
+    means = row_mean(torch.stack(values, dim=-2), torch.stack(counted, dim=-2))  # over (batch, heads, statistics, rows)
+    top = F.pad(top.where(valid, -torch.inf), (0, 1), value=-torch.inf).amax(dim=-1)  # also of no row at all
+    return torch.cat([means, top.masked_fill(top == -torch.inf, torch.nan)[..., None]], dim=-1)
 
 
-def _distances(weights: Tensor, frame: Frame) -> dict[str, tuple[Tensor, Tensor]]:
-    """Statistics of how far a row looks."""
-    if frame.queries is None:
-        return {}
+def _distances(weights: Tensor, queries: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean distance of the keys from ``queries (batch or 1, rows)``, and weight beyond ``limit (batch or 1,)``."""
     keys = torch.arange(weights.shape[-1], dtype=torch.float32, device=weights.device)
-    steps = (frame.queries[:, None, :, None] - keys).abs_()  # (batch or 1, 1, rows, keys): small beside the weights
-    far = (steps > frame.limit[:, None, None, None]).float()
-    return {
-        "distance": ((weights * steps).sum(dim=-1), frame.valid),
-        "long_range_mass": ((weights * far).sum(dim=-1), frame.valid),
-    }
+    steps = (queries[:, None, :, None] - keys).abs_()  # (batch or 1, 1, rows, keys): small beside the weights
+    far = (steps > limit[:, None, None, None]).float()
+    return (weights * steps).sum(dim=-1), (weights * far).sum(dim=-1)
 
 
-def _masses(weights: Tensor, frame: Frame) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weight on single keys of each row, which counts where the row may attend to that key."""
+def _masses(
+    weights: Tensor, pairs: Tensor, valid: Tensor, first: Tensor, queries: Tensor | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weight on single keys of each row, and whether the row may attend to that key."""
     batch, heads, rows, keys = weights.shape
-    wanted = {"first_mass": frame.first[:, None].expand(-1, rows)}
-    if frame.queries is not None:
-        queries = frame.queries.expand(batch, -1)
+    wanted = {"first_mass": first[:, None].expand(batch, rows)}
+    if queries is not None:
+        queries = queries.expand(batch, rows)
         wanted |= {"self_mass": queries, "previous_mass": queries - 1, "next_mass": queries + 1}
     key = torch.stack(list(wanted.values()), dim=-1)[:, None]  # (batch, 1, rows, statistics)
-    index = key.clamp(0, keys - 1).expand(-1, heads, -1, -1)
-    may = frame.allowed.expand(batch, -1, rows, keys)
-    exists = may.gather(-1, index[:, : may.shape[1]]) & (key == key.clamp(0, keys - 1)) & frame.valid[..., None]
-    mass = weights.gather(-1, index).unbind(dim=-1)
-    return dict(zip(wanted, zip(mass, exists.unbind(dim=-1), strict=True), strict=True))
+    inside = key.clamp(0, keys - 1)
+    index = inside.expand(-1, heads, -1, -1)
+    may = pairs.expand(batch, -1, rows, keys)
+    exists = may.gather(-1, index[:, : may.shape[1]]) & (key == inside) & valid[..., None]
+    mass = weights.gather(-1, index)
+    return dict(zip(wanted, zip(mass.unbind(dim=-1), exists.unbind(dim=-1), strict=True), strict=True))
 
 
-def _top_logit(weights: Tensor, logits: Tensor, allowed: Tensor | None) -> Tensor:
-    """Largest logit of every row ``(batch, heads, rows)``."""
+def _top_logit(weights: Tensor, logits: Tensor, pairs: Tensor | None) -> Tensor:
+    """Largest logit of every row ``(batch, heads, rows)``, among ``pairs`` (``None``: all)."""
     if logits.shape != weights.shape:
         expected = tuple(weights.shape)
         raise ValueError(f"`logits` must have the shape of `weights` {expected}, got {tuple(logits.shape)}.")
     logits = logits.detach().float()
-    return (logits if allowed is None else logits.where(allowed, -torch.inf)).amax(dim=-1)
+    if pairs is None:
+        return logits.amax(dim=-1)
+    # a minimum is six times faster than `where` on all pairs
+    ceiling = torch.where(pairs, logits.new_full((), torch.inf), -torch.inf)
+    return torch.minimum(logits, ceiling).amax(dim=-1)

@@ -105,15 +105,30 @@ class HeadStatisticsMetric(Accumulator):
 
     def compute(self) -> HeadStatisticsResult:
         """Return mean, standard error, median and number of samples of every layer, head and statistic."""
-        total, first, square, cross, second = self.moments.unbind(dim=-1)
-        samples = self.histogram.sum(dim=-1, dtype=torch.int64)
+        return self._result(self.moments, self.histogram, self.highest)
+
+    def compute_packed(self, total: Tensor | None = None, processes: int = 1) -> Tensor:
+        """Return :meth:`compute` as one tensor, without communication.
+
+        Args:
+            total: Sum of the :meth:`packed` of all processes; ``None``: of this one alone.
+            processes: How many there are.
+
+        Shape:
+            - output: ``(4, layers, heads, statistics)``, float64: the fields of `HeadStatisticsResult`
+        """
+        states = dict(self.metric_state) if total is None else self.unpacked(total, processes)
+        return torch.stack([field.double() for field in self._result(**states)])
+
+    def _result(self, moments: Tensor, histogram: Tensor, highest: Tensor) -> HeadStatisticsResult:
+        total, first, square, cross, second = moments.unbind(dim=-1)
+        samples = histogram.sum(dim=-1, dtype=torch.int64)
         mean = first / total  # 0 / 0 is NaN: no sample
         spread = (second - 2 * mean * cross + mean**2 * square).clamp_min(0.0)
         error = (spread / total**2 * samples / (samples - 1).clamp_min(1)).sqrt().masked_fill(samples < 2, torch.nan)
-        highest = self.highest.double().masked_fill(samples[..., _MAX_LOGIT] == 0, torch.nan)
-        mean[..., _MAX_LOGIT] = highest
+        mean[..., _MAX_LOGIT] = highest.double().masked_fill(samples[..., _MAX_LOGIT] == 0, torch.nan)
         error[..., _MAX_LOGIT] = torch.nan
-        return HeadStatisticsResult(mean, error, histogram_median(self.histogram, self.edges), samples)
+        return HeadStatisticsResult(mean, error, histogram_median(histogram, self.edges), samples)
 
     def _count(self, histogram: Tensor, values: Tensor, counted: Tensor) -> None:
         """Add one for each counted value to its bin of ``histogram (heads, statistics, bins)``, in place."""

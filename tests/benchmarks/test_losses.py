@@ -11,7 +11,7 @@ from torch import nn
 
 import losses
 from benchmarks import loss_arms
-from benchmarks.memory import peak_bytes
+from benchmarks.allocation import peak_bytes
 
 ROOT = Path(__file__).parents[2]
 

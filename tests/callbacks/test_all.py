@@ -34,6 +34,7 @@ from tests.callbacks.models import (
     pl,
     quiet_trainer,
 )
+from tests.callbacks.test_writer import writer_threads
 
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
 
@@ -55,6 +56,7 @@ def test_two_fits_with_one_instance(name: str, tmp_path: Path) -> None:
         trainer = quiet_trainer(tmp_path / run, [callback], logger=csv_logger(tmp_path / run))
         module = fit(Classifier(), trainer)
         assert leftovers(module) == {}
+        assert writer_threads() == []
         assert len(list((tmp_path / run / "run").glob("**/*.png"))) > 0
 
 
@@ -68,6 +70,7 @@ def test_validate_test_and_predict(name: str, tmp_path: Path) -> None:
     trainer.validate(module, data, verbose=False)
     assert list(tmp_path.glob("**/*.png"))
     assert leftovers(module) == {}
+    assert writer_threads() == []
 
 
 @pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
@@ -271,7 +274,7 @@ class Failing(Classifier):
 
     def __init__(self, step: str, error: BaseException) -> None:
         super().__init__()
-        self.failing_step, self.error, self.armed = step, error, True
+        self.failing_step, self.error, self.armed, self.fail_from = step, error, True, 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -282,7 +285,7 @@ class Failing(Classifier):
         self.fail("validation_step", batch_idx)
 
     def fail(self, step: str, batch_idx: int) -> None:
-        if self.armed and step == self.failing_step and batch_idx == 1:
+        if self.armed and (step, batch_idx) == (self.failing_step, 1) and self.current_epoch >= self.fail_from:
             raise self.error
 
 
@@ -295,6 +298,7 @@ def test_nothing_survives_an_exception(step: str, error: BaseException, tmp_path
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
         fit(module, trainer)
     assert leftovers(module) == {}
+    assert writer_threads() == []
 
     module.armed = False
     again = quiet_trainer(tmp_path / "again", [*observers, monitor], logger=csv_logger(tmp_path / "again"))
@@ -343,6 +347,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 def test_observers_leave_training_bit_identical(name: str, plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
     watched = trained([REGISTRY[name]()], tmp_path, val_check_interval=0.5)
     assert list(tmp_path.glob("**/*.png"))
+    assert {key for key, value in plain.items() if not torch.equal(value, watched[key])} == set()
+
+
+def test_exact_statistics_leave_training_bit_identical(plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    statistics = HeadStatistics(rows=4, mode="exact")
+    watched = trained([statistics], tmp_path, val_check_interval=0.5)
+    assert statistics.result is not None
     assert {key for key, value in plain.items() if not torch.equal(value, watched[key])} == set()
 
 

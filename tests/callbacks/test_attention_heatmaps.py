@@ -17,6 +17,7 @@ from attn_callbacks.callbacks._samples import Sample, patch_grid, read_samples
 from tests.callbacks.models import (
     HEADS,
     LAYERS,
+    LENGTH,
     Bert,
     Classifier,
     Texts,
@@ -25,6 +26,7 @@ from tests.callbacks.models import (
     fit,
     loader,
     pair_loader,
+    pl,
     quiet_trainer,
 )
 
@@ -71,6 +73,27 @@ def test_maps_are_the_models_own_without_padding(drawn: list[dict[str, Any]], tm
             entry = shown[f"{NAME.format(layer)}, sample {sample}, epoch 0"]
             np.testing.assert_allclose(entry["maps"], maps[layer][sample, :, :tokens, :tokens], atol=1e-5)
             assert entry["row_labels"] == entry["column_labels"] == words
+
+
+def test_a_layer_copies_once_to_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copied: list[int] = []
+    inside: list[int] = []
+    copy = torch.Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        copied.append(tensor.numel())
+        with torch._C.DisableTorchFunction():  # the mode that listens would call this once more
+            return copy(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+
+    class Look(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            inside.extend(copied)  # what follows is Lightning taking down the model
+
+    callbacks = [AttentionHeatmaps(samples=3, max_tokens=4), Look()]
+    fit(Classifier(Bert()), quiet_trainer(tmp_path, callbacks, logger=csv_logger(tmp_path)))
+    assert inside == [3 * (HEADS * 4 * 4 + 2 * LENGTH)] * LAYERS  # what is drawn, and which tokens are padding
 
 
 def test_samples_and_colour_scale_are_the_same_in_every_epoch(drawn: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.callbacks.distributed_script import main
+from attn_callbacks.metrics import HeadStatisticsMetric
+from tests.callbacks.distributed_script import FAILING, LAYERS, ROUNDS, layer_batch, main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +80,44 @@ def test_ranks_agree_to_the_last_bit(two: list[Result]) -> None:
 
 def test_agreed_values_are_logged_without_a_warning(two: list[Result]) -> None:
     assert two[0]["warnings"] == []
+
+
+def test_callbacks_choose_by_the_values_of_all(one: Result, two: list[Result]) -> None:
+    assert two[0]["chosen"] == pytest.approx(one["chosen"], rel=1e-4)
+    assert two[0]["chosen"]["distance"] > 0
+
+
+def test_a_validation_costs_one_collective(two: list[Result]) -> None:
+    first, *others = two[0]["collectives"]
+    assert sorted(first) == ["all_gather", "all_gather", "all_reduce"]  # the processes agree on layers and sizes
+    assert others == [["all_reduce"]]
+
+
+def test_conclusions_are_those_of_one_process(two: list[Result]) -> None:
+    held: list[str] = []
+    for number, shares in enumerate(ROUNDS):
+        held += dict.fromkeys(layer for share in shares for layer in share if layer not in held)
+        found = two[0]["conclusions"][number]
+        assert found == two[1]["conclusions"][number]
+        if number == FAILING or not held:
+            expected = "A process could not measure all of its data." if held else []
+            assert (found["names"], found["fields"]) == (expected, [])
+            continue
+        assert set(found["names"]) == set(held)
+        union = HeadStatisticsMetric(len(held), max(LAYERS[layer] for layer in held))
+        for rank, share in enumerate(shares):
+            for layer in share:
+                union.update(found["names"].index(layer), *layer_batch(number, rank, layer))
+        for own, expected in zip(found["fields"], union.compute(), strict=True):
+            np.testing.assert_allclose(own, expected.nan_to_num(-1), rtol=1e-14)
+
+
+def test_processes_agree_anew_only_where_something_is_new(two: list[Result]) -> None:
+    agree, conclude = ["all_gather", "all_gather"], ["all_reduce"]
+    calls = [conclusion["calls"] for conclusion in two[0]["conclusions"]]
+    assert calls[0] == [*agree, *conclude]
+    grown = [*conclude, *agree, *conclude]
+    assert calls[1:] == [grown, conclude, grown, conclude, conclude, conclude]
 
 
 def test_uneven_shares_are_counted_once_each(two: list[Result]) -> None:

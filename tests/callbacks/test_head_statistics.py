@@ -75,12 +75,22 @@ def reference(state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[HeadStatistics, np.ndarray, np.ndarray]:
+def run_of_three(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[tuple[HeadStatistics, HeadStatistics, HeadStatistics], np.ndarray, np.ndarray]:
+    """Of all rows, from some rows, and exact beside some rows; what they should be."""
     torch.manual_seed(0)
-    folder, statistics = tmp_path_factory.mktemp("run"), HeadStatistics()
+    folder = tmp_path_factory.mktemp("run")
+    statistics = HeadStatistics(), HeadStatistics(rows=4), HeadStatistics(rows=4, mode="exact")
     module = Classifier(Bert(dropout=0.1), lr=0.05)  # attention that is not uniform any more
-    fit(module, quiet_trainer(folder, [statistics], logger=csv_logger(folder)), validation=loader(SAMPLES, seed=1))
+    fit(module, quiet_trainer(folder, statistics, logger=csv_logger(folder)), validation=loader(SAMPLES, seed=1))
     return statistics, *reference(module.net.state_dict())
+
+
+@pytest.fixture(scope="module")
+def measured(run_of_three: Any) -> tuple[HeadStatistics, np.ndarray, np.ndarray]:
+    (statistics, _, _), values, lengths = run_of_three
+    return statistics, values, lengths
 
 
 def test_means_are_those_over_all_rows(measured: tuple[HeadStatistics, np.ndarray, np.ndarray]) -> None:
@@ -91,6 +101,18 @@ def test_means_are_those_over_all_rows(measured: tuple[HeadStatistics, np.ndarra
     np.testing.assert_allclose(statistics.result.mean.numpy(), expected, rtol=2e-5, atol=2e-6)
     assert (statistics.result.samples == SAMPLES).all()
     assert statistics.layer_names == tuple(f"net.bert.bert.encoder.layer.{n}.attention.self" for n in range(LAYERS))
+
+
+def test_exact_mode_takes_all_rows_where_it_can(run_of_three: Any) -> None:
+    (whole, sampled, exact), values, lengths = run_of_three
+    drawn = [STATISTICS.index("confidence"), STATISTICS.index("max_logit")]
+    others = [index for index in range(len(STATISTICS)) if index not in drawn]
+    expected = np.average(values, axis=0, weights=lengths)
+    np.testing.assert_allclose(exact.result.mean.numpy()[..., others], expected[..., others], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(exact.result.mean[..., drawn], sampled.result.mean[..., drawn], rtol=1e-6)
+    assert not torch.allclose(sampled.result.mean, whole.result.mean, rtol=1e-3)
+    errors = exact.result.standard_error, whole.result.standard_error
+    np.testing.assert_allclose(*(error.numpy()[..., others] for error in errors), rtol=1e-3, atol=1e-6)
 
 
 def test_standard_errors_take_samples_as_independent(measured: tuple[HeadStatistics, np.ndarray, np.ndarray]) -> None:
@@ -184,6 +206,11 @@ def test_a_layer_that_first_runs_later_is_counted(tmp_path: Path) -> None:
     names = [f"net.encoder.layers.{layer}.self_attn" for layer in range(LAYERS)]
     assert statistics.layer_names == (*names, *(f"{name}#1" for name in names))
     assert statistics.result.samples[:, 0, 0].tolist() == [32 + 24, 32 + 24, 24, 24]
+
+
+def test_another_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="`mode` must be 'sampled' or 'exact', got 'fast'"):
+        HeadStatistics(mode="fast")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import torch
+
+from attn_callbacks.functional import STATISTICS
 
 NAMES = (
     "entropy",
@@ -18,6 +21,28 @@ NAMES = (
     "first_mass",
     "max_logit",
 )
+
+
+def named(values: torch.Tensor) -> dict[str, float]:
+    """One head of one sample as a dict."""
+    return dict(zip(STATISTICS, values[0, 0].tolist(), strict=True))
+
+
+def random_case(padding: str, causal: bool, batch: int = 3, heads: int = 2, tokens: int = 7, seed: int = 0):
+    """Random attention with samples of different length, as numpy arrays of full size."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, tokens, size=batch) if padding else np.full(batch, tokens)
+    index = np.arange(tokens)
+    key_valid = index >= (tokens - lengths)[:, None] if padding == "left" else index < lengths[:, None]
+    pairs = np.tril(np.ones((tokens, tokens), dtype=bool)) if causal else np.ones((tokens, tokens), dtype=bool)
+    allowed = np.broadcast_to(pairs & key_valid[:, None, None], (batch, heads, tokens, tokens))
+    logits = 3 * generator.standard_normal((batch, heads, tokens, tokens))
+    positions = np.broadcast_to(index, (batch, tokens))
+    return softmax_rows(logits, allowed), logits, positions, allowed, key_valid, key_valid
+
+
+def as_tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+    return [torch.tensor(np.ascontiguousarray(array)) for array in arrays]
 
 
 def softmax_rows(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:

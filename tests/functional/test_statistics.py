@@ -9,31 +9,9 @@ import pytest
 import torch
 
 from attn_callbacks.functional import STATISTICS, head_statistics
-from tests.functional.reference import NAMES, reference_statistics, softmax_rows
+from tests.functional.reference import NAMES, as_tensors, named, random_case, reference_statistics
 
 POSITIONAL = ("distance", "long_range_mass", "self_mass", "previous_mass", "next_mass")
-
-
-def named(values: torch.Tensor) -> dict[str, float]:
-    """One head of one sample as a dict."""
-    return dict(zip(STATISTICS, values[0, 0].tolist(), strict=True))
-
-
-def random_case(padding: str, causal: bool, batch: int = 3, heads: int = 2, tokens: int = 7, seed: int = 0):
-    """Random attention with samples of different length, as numpy arrays of full size."""
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(2, tokens, size=batch) if padding else np.full(batch, tokens)
-    index = np.arange(tokens)
-    key_valid = index >= (tokens - lengths)[:, None] if padding == "left" else index < lengths[:, None]
-    pairs = np.tril(np.ones((tokens, tokens), dtype=bool)) if causal else np.ones((tokens, tokens), dtype=bool)
-    allowed = np.broadcast_to(pairs & key_valid[:, None, None], (batch, heads, tokens, tokens))
-    logits = 3 * generator.standard_normal((batch, heads, tokens, tokens))
-    positions = np.broadcast_to(index, (batch, tokens))
-    return softmax_rows(logits, allowed), logits, positions, allowed, key_valid, key_valid
-
-
-def as_tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
-    return [torch.tensor(np.ascontiguousarray(array)) for array in arrays]
 
 
 def test_names_are_those_of_the_reference():
@@ -225,9 +203,27 @@ def test_statistics_half_precision_is_read_in_float32(dtype):
     assert torch.equal(half, head_statistics(weights.float(), weights.float()))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_statistics_do_not_depend_on_the_default_precision(default):
+    weights, logits, _, allowed, valid, _ = (tensor.float() for tensor in as_tensors(*random_case("left", causal=True)))
+    plain = head_statistics(weights, logits, allowed=allowed, valid=valid)
+    torch.set_default_dtype(default)
+    try:
+        found = head_statistics(weights, logits, allowed=allowed, valid=valid)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, plain, rtol=0, atol=0, equal_nan=True)
+
+
 def test_statistics_carry_no_graph():
     weights = torch.rand(1, 1, 3, 3).softmax(dim=-1).requires_grad_()
     assert not head_statistics(weights, weights).requires_grad
+
+
+def test_statistics_row_with_weight_but_no_allowed_key_does_not_count():
+    allowed = torch.tensor([[True, True], [False, False]])
+    found = named(head_statistics(torch.tensor([[[[0.5, 0.5], [1.0, 0.0]]]]), allowed=allowed))
+    assert (found["entropy"], found["confidence"]) == pytest.approx((math.log(2), 0.5))
 
 
 @pytest.mark.parametrize(

@@ -6,20 +6,37 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture.exact.distribution import logsumexp
-from attn_callbacks.capture.exact.pairs import PairMask, block_rows
+from attn_callbacks.capture.exact.pairs import PairMask
 from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.rows import rows_at_once
 
-__all__ = ["key_mass", "may_see"]
+__all__ = ["mass_on_keys"]
+
+_AT_ONCE = 8  # keys a query
 
 
-def key_mass(problem: Problem, keys: Tensor, allowed: Tensor) -> Tensor:
-    """Weight of every query on keys of its own choice, ``(batch, heads, queries, n)``.
+def mass_on_keys(problem: Problem, keys: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up the weight of every query on keys of its own choice, and say whether it may attend to any of them.
 
     Args:
         problem: Any.
         keys: Indices ``(batch | 1, queries | 1, n)``.
-        allowed: ``True`` where the query may attend to that key, ``(batch | 1, heads | 1, queries, n)``.
+        exists: ``True`` for the indices that count, like ``keys``.
+
+    Shape:
+        - output: two of ``(batch, heads, queries)``
     """
+    lse = logsumexp(problem)
+    mass, sees = torch.zeros_like(lse), torch.zeros_like(lse, dtype=torch.bool)
+    for own, real in zip(keys.split(_AT_ONCE, dim=-1), exists.split(_AT_ONCE, dim=-1), strict=True):
+        allowed = (_may_see(problem, own) & real[:, None]).expand(*lse.shape, -1)
+        mass = mass + _weights(problem, own, allowed, lse).sum(dim=-1)
+        sees = sees | allowed.any(dim=-1)
+    return mass, sees
+
+
+def _weights(problem: Problem, keys: Tensor, allowed: Tensor, lse: Tensor) -> Tensor:
+    """Weight on each of the keys, ``(batch, heads, queries, n)``."""
     chosen = _taken(problem.key, keys)  # (batch, key_heads, queries | 1, n, head_dim)
     query = problem.query.unflatten(1, (chosen.shape[1], -1))  # (batch, key_heads, group, queries, head_dim)
     equation = "bghqd,bgqnd->bghqn" if keys.shape[1] > 1 else "bghqd,bgond->bghqn"
@@ -28,18 +45,14 @@ def key_mass(problem: Problem, keys: Tensor, allowed: Tensor) -> Tensor:
         scores = scores + _taken(problem.key_bias.transpose(-2, -1), keys)[..., 0]
     if problem.pairs is not None:
         scores = scores + _taken_pairs(problem, problem.pairs, keys)
-    lse = logsumexp(problem)[..., None]
-    alive = allowed & (lse > -torch.inf)
-    shares = (scores.where(alive, 0.0) - lse.where(alive, 0.0)).clamp(-80.0, 0.0)  # exp is slow where it underflows
-    weights: Tensor = shares.exp() * alive
+    alive = allowed & (lse[..., None] > -torch.inf)
+    shares = scores.where(alive, 0.0) - lse[..., None].where(alive, 0.0)
+    weights: Tensor = shares.clamp(-80.0, 0.0).exp() * alive  # exp is slow where it underflows
     return weights
 
 
-def may_see(problem: Problem, keys: Tensor) -> Tensor:
-    """Where queries may attend to keys of their own choice: bool ``(batch | 1, heads | 1, queries, n)``.
-
-    ``keys`` are indices ``(batch | 1, queries | 1, n)``.
-    """
+def _may_see(problem: Problem, keys: Tensor) -> Tensor:
+    """Where queries may attend to their keys: bool ``(batch | 1, heads | 1, queries, n)``."""
     queries = problem.lengths[0]
     seen = torch.ones(1, 1, queries, 1, dtype=torch.bool, device=keys.device)
     if problem.is_causal:
@@ -56,7 +69,7 @@ def _taken(tensor: Tensor, keys: Tensor) -> Tensor:
 
     Returns ``(batch | 1, heads, queries | 1, n, width)``.
     """
-    batch = max(len(tensor), len(keys))
+    (batch,) = torch.broadcast_shapes(tensor.shape[:1], keys.shape[:1])
     rows, chosen = keys.shape[1:]
     index = keys.reshape(len(keys), 1, rows * chosen, 1).expand(batch, tensor.shape[1], -1, tensor.shape[-1])
     taken: Tensor = tensor.expand(batch, -1, -1, -1).gather(2, index).unflatten(2, (rows, chosen))
@@ -67,11 +80,11 @@ def _taken_pairs(problem: Problem, pairs: PairMask, keys: Tensor) -> Tensor:
     """Additive mask of every query on its chosen keys, ``(batch, heads | 1, queries, n)``."""
     queries, length = problem.lengths
     found = []
-    step = block_rows(pairs.maps[0] * pairs.maps[1], length, queries)
+    step = rows_at_once(pairs.maps[0] * pairs.maps[1], length, queries)
     for start in range(0, queries, step):
         block = pairs.read(start, min(start + step, queries))
         own = keys if keys.shape[1] == 1 else keys[:, start : start + block.shape[2]]
-        batch = max(len(block), len(own))
+        (batch,) = torch.broadcast_shapes(block.shape[:1], own.shape[:1])
         index = own[:, None].expand(batch, block.shape[1], block.shape[2], -1)
         found.append(block.expand(batch, -1, -1, -1).gather(-1, index))
     return torch.cat(found, dim=2)

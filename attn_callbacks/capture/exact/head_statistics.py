@@ -9,7 +9,6 @@ from torch import Tensor
 
 from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.row_statistic import RowStatistic
-from attn_callbacks.capture.rows import take_rows
 from attn_callbacks.capture.sampled import sampled_head_statistics
 from attn_callbacks.capture.scores import wide
 from attn_callbacks.functional.statistics import STATISTICS
@@ -22,8 +21,7 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
 
     Costs about two forwards of the fused kernel, in ``O(queries * head_dim)`` memory and in float32. The largest weight
     and the largest logit need rows of scores: they come from the drawn rows. So does everything behind a FlexAttention
-    ``score_mod``; the entropies under a bias that is not one of the query plus one of the key (T5) come from a sample
-    of their own.
+    ``score_mod``, and so do the entropies under a bias that is not one of the query plus one of the key (T5).
 
     Args:
         call: Any call.
@@ -48,21 +46,21 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
     if call.score_mod is not None:
         return values
     call = replace(call, query=wide(call.query), key=wide(call.key))
-    exact = {name: statistic.mean().float() for name, statistic in _row_statistics(call, long_range).items()}
+    answers = _row_statistics(call, long_range)
+    exact = {name: answer.mean().float() for name, answer in answers.items() if answer.is_exact}
     return torch.stack([exact.get(name, values[..., index]) for index, name in enumerate(STATISTICS)], dim=-1)
 
 
 def _row_statistics(call: AttentionCall, long_range: float) -> dict[str, RowStatistic]:
     """Everything but the largest weight and logit."""
     _, _, queries, keys = call.shape
-    entropy, position = call.entropy_and_expectation(torch.arange(keys, device=call.device)[:, None])
-    found = {
-        "entropy": entropy,
-        "entropy_normalised": _normalised(entropy, call.choices()),
-        "first_mass": call.first_mass(),
-    }
+    entropy, features = call.entropy_and_expectation(torch.arange(keys, device=call.device)[:, None])
+    found = {"entropy": entropy, "first_mass": call.first_mass()}
+    if entropy.is_exact:
+        found["entropy_normalised"] = _normalised(entropy, call.choices())
     if call.is_cross or queries != keys:
         return found
+    position = RowStatistic(features.values[..., 0], features.counted)
     return found | {
         "distance": call.mean_distance(position),
         "long_range_mass": call.far_mass(_limit(call, long_range)),
@@ -74,9 +72,7 @@ def _row_statistics(call: AttentionCall, long_range: float) -> dict[str, RowStat
 
 def _normalised(entropy: RowStatistic, choices: Tensor) -> RowStatistic:
     """Entropy over the logarithm of a row's choices; rows with a single one do not count."""
-    choices = take_rows(choices[..., None], entropy.rows)[..., 0]
-    share = entropy.values / choices.clamp_min(2).log()
-    return RowStatistic(share, entropy.counted & (choices > 1), entropy.rows)
+    return RowStatistic(entropy.values / choices.clamp_min(2).log(), entropy.counted & (choices > 1))
 
 
 def _limit(call: AttentionCall, long_range: float) -> int | Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from attn_callbacks.capture.rows import rows_at_once
+from attn_callbacks.capture.scores import softmax_rows, wide
 
 __all__ = ["attend"]
 
@@ -22,7 +25,7 @@ def attend(
 
     Every fused kernel computes the log-sum-exp for its backward; the public function does not return it, the operators
     below it do. They are private, so that each is checked once against the plain formula before it is trusted; the
-    public function stands in for one that is missing or wrong.
+    formula itself, in blocks of rows, stands in for one that is missing or wrong.
 
     The output carries a graph, the log-sum-exp does not: a kernel has no derivative for it.
 
@@ -62,6 +65,8 @@ def _kernel(device: str, dtype: torch.dtype, has_bias: bool) -> Kernel:
         "cpu": [_cpu_flash],
         "cuda": [_efficient] if has_bias or not half else [_cuda_flash, _efficient],
     }
+    if device == "cuda" and dtype == torch.float64:  # no fused kernel takes it there
+        choices = {}
     for kernel in choices.get(device, []):
         problem = _trial_error(kernel, device, dtype, has_bias)
         if problem is None:
@@ -71,7 +76,7 @@ def _kernel(device: str, dtype: torch.dtype, has_bias: bool) -> Kernel:
             f"{problem}. Exact statistics take a slower way there, with the same results.",
             stacklevel=2,
         )
-    return _public
+    return _in_blocks
 
 
 def _cpu_flash(
@@ -105,37 +110,25 @@ def _efficient(
     return output, logsumexp[..., : query.shape[2]]  # comes padded
 
 
-def _public(
+def _in_blocks(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Read the log-sum-exp off the weight ``w`` of one more key with the known score ``s``: ``log((1 - w) / w) + s``.
-
-    The mean of the keys is that key: its score lies among the others, so that ``w`` is neither lost nor everything.
-    """
-    group = query.shape[1] // key.shape[1]
-    key, value = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (key, value))
-    batch, heads, queries, width = query.shape
-    extra = key.mean(dim=2, keepdim=True).detach()
-    keys = torch.cat([extra, key], dim=2)
-    indicator = F.pad(value.new_ones(batch, heads, 1, 1), (0, width - 1, 0, key.shape[2]))
-    if is_causal:  # one more query as well keeps the diagonal in its place
-        query = F.pad(query, (0, 0, 1, 0))
-    mask = None if bias is None else F.pad(bias.expand(*bias.shape[:3], key.shape[2]), (1, 0))
-    if mask is not None and is_causal:
-        rows = mask.expand(*mask.shape[:2], queries, mask.shape[3])
-        future = torch.ones(queries, key.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        mask = F.pad(rows.masked_fill(F.pad(future, (1, 0)), -torch.inf), (0, 0, 1, 0))
-    causal = is_causal and mask is None
-    attention = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, scale=scale)
-    with torch.no_grad():
-        share = attention(query, keys, indicator)[..., 0]
-    mixed = attention(query, keys, F.pad(value, (0, 0, 1, 0)))
-    if is_causal:
-        query, share, mixed = query[:, :, 1:], share[:, :, 1:], mixed[:, :, 1:]
-    known = scale * (query * extra).sum(dim=-1).detach()
-    rest = (1.0 - share).clamp_min(torch.finfo(share.dtype).tiny)
-    logsumexp = rest.log() - share.clamp_min(torch.finfo(share.dtype).tiny).log() + known
-    return mixed / rest[..., None], logsumexp
+    """The formula as it stands, a few megabytes of scores at a time."""
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    group = heads // key.shape[1]
+    key, value = (wide(tensor).repeat_interleave(group, dim=1) for tensor in (key, value))
+    step = rows_at_once(batch * heads, keys, queries)
+    outputs, logsumexps = [], []
+    for start in range(0, queries, step):
+        scores = scale * wide(query[:, :, start : start + step]) @ key.transpose(-2, -1)
+        if bias is not None:
+            scores = scores + (bias if bias.shape[2] == 1 else bias[:, :, start : start + step])
+        if is_causal:
+            rows = torch.arange(start, start + scores.shape[2], device=query.device)
+            scores = scores.masked_fill(torch.arange(keys, device=query.device) > rows[:, None], -torch.inf)
+        outputs.append(softmax_rows(scores) @ value)
+        logsumexps.append(scores.detach().logsumexp(dim=-1))
+    return torch.cat(outputs, dim=2).to(query.dtype), torch.cat(logsumexps, dim=2)
 
 
 def _trial_error(kernel: Kernel, device: str, dtype: torch.dtype, has_bias: bool) -> str | None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["PairMask", "block_rows", "masked_pairs", "separated"]
+from attn_callbacks.capture.rows import rows_at_once
 
-_BLOCK_BYTES = 16 * 2**20
+__all__ = ["PairMask", "masked_pairs", "separated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +79,6 @@ def masked_pairs(mask: Tensor, additive: Callable[[Tensor], Tensor]) -> PairMask
     )
 
 
-def block_rows(maps: int, keys: int, rows: int) -> int:
-    """Return how many rows of so many maps are worked on at a time."""
-    return max(16, min(rows, _BLOCK_BYTES // (4 * max(maps * keys, 1))))
-
-
 def separated(pairs: PairMask, queries: int, keys: int) -> tuple[Tensor, Tensor] | None:
     """Write the finite entries of a mask as ``row[i] + column[j]``, which ALiBi and masks without a bias allow.
 
@@ -91,7 +86,7 @@ def separated(pairs: PairMask, queries: int, keys: int) -> tuple[Tensor, Tensor]
         Rows ``(batch | 1, heads | 1, queries)`` and columns ``(batch | 1, heads | 1, keys)``; ``None`` if they do not
         fit to within 1e-4.
     """
-    step = block_rows(pairs.maps[0] * pairs.maps[1], keys, queries)
+    step = rows_at_once(pairs.maps[0] * pairs.maps[1], keys, queries)
     blocks = range(0, queries, step)
     counts = torch.cat([(pairs.read(i, min(i + step, queries)) > -torch.inf).sum(dim=-1) for i in blocks], dim=-1)
     widest = counts.argmax(dim=-1)  # (batch, heads): the query that sees most keys shows their biases

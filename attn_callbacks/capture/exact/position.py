@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture.exact.distribution import expectation, is_live, logsumexp
-from attn_callbacks.capture.exact.pairs import block_rows
 from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.rows import rows_at_once
 
 __all__ = ["far_mass", "mean_distance", "mean_position", "position_variance", "window_mass"]
 
@@ -152,7 +152,10 @@ def _band_rows(problem: Problem, reach: int) -> int:
     """Rows of one block of a band: as many as its width, within a few megabytes."""
     batch, heads = problem.query.shape[:2]
     wanted = max(64, min(reach, 256))
-    return max(16, min(wanted, block_rows(batch * heads, wanted + 2 * reach, wanted)))
+    step = rows_at_once(batch * heads, wanted + 2 * reach, wanted)
+    if problem.pairs is None:
+        return step
+    return min(step, rows_at_once(problem.pairs.maps[0] * problem.pairs.maps[1], problem.lengths[1], wanted))
 
 
 def _positions(problem: Problem) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture.exact.kernel import attend
-from attn_callbacks.capture.exact.pairs import PairMask, block_rows
+from attn_callbacks.capture.exact.pairs import PairMask
+from attn_callbacks.capture.rows import rows_at_once
 
 __all__ = ["Problem", "cut", "in_parts"]
 
@@ -74,10 +75,7 @@ class Problem:
         """
         slices = value.split(_SLICE, dim=-1) if value.shape[-1] > _SLICE + self.query.shape[-1] else (value,)
         outputs, logsumexps = zip(*(self._attend(columns) for columns in slices), strict=True)
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-        if self.key_bias is None and self.pairs is None:
-            return output, logsumexps[0]
-        return output, logsumexps[0].masked_fill(self.choices() == 0, -torch.inf)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1), logsumexps[0]
 
     def transposed(self, row_bias: Tensor) -> Problem:
         """Swap queries and keys; ``row_bias (batch, heads, queries)`` is added to the scores of each old query.
@@ -131,7 +129,7 @@ class Problem:
         """Yield ``start, stop`` and everything that is added to the scores of these queries."""
         queries, keys = self.lengths
         maps = pairs.maps if self.key_bias is None else torch.broadcast_shapes(pairs.maps, self.key_bias.shape[:2])
-        step = block_rows(maps[0] * maps[1], keys, queries)
+        step = rows_at_once(maps[0] * maps[1], keys, queries)
         for start in range(0, queries, step):
             stop = min(start + step, queries)
             bias = pairs.read(start, stop).to(self.query.dtype)
@@ -143,20 +141,23 @@ class Problem:
             yield start, stop, bias
 
     def _attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pairs is None:
-            return attend(self.query, self.key, value, self.key_bias, is_causal=self.is_causal, scale=self.scale)
+        if self.pairs is not None:
+            return self._attend_in_blocks(self.pairs, value)
+        output, logsumexp = attend(
+            self.query, self.key, value, self.key_bias, is_causal=self.is_causal, scale=self.scale
+        )
+        if self.key_bias is None:
+            return output, logsumexp
+        return output, logsumexp.masked_fill(self.choices() == 0, -torch.inf)
+
+    def _attend_in_blocks(self, pairs: PairMask, value: Tensor) -> tuple[Tensor, Tensor]:
         outputs, logsumexps = [], []
-        for start, stop, bias in self._blocks(self.pairs):
+        for start, stop, bias in self._blocks(pairs):
             seen = min(stop, self.lengths[1]) if self.is_causal else self.lengths[1]
-            output, logsumexp = attend(
-                self.query[:, :, start:stop],
-                self.key[:, :, :seen],
-                value[:, :, :seen],
-                bias[..., :seen],
-                scale=self.scale,
-            )
+            query, key, columns = self.query[:, :, start:stop], self.key[:, :, :seen], value[:, :, :seen]
+            output, logsumexp = attend(query, key, columns, bias[..., :seen], scale=self.scale)
             outputs.append(output)
-            logsumexps.append(logsumexp)
+            logsumexps.append(logsumexp.masked_fill(bias.amax(dim=-1) == -torch.inf, -torch.inf))
         return torch.cat(outputs, dim=2), torch.cat(logsumexps, dim=2)
 
 
@@ -185,12 +186,15 @@ def in_parts(
     samples, heads = (max(1, most // key_heads), key_heads) if most >= key_heads else (1, most)
     if samples >= batch and heads >= key_heads:
         return compute(problem, slice(0, batch), slice(0, key_heads * group))
-    found: list[tuple[Tensor, ...]] = []
+    wholes: list[Tensor] = []
     for first in range(0, batch, samples):
         rows = slice(first, min(first + samples, batch))
-        columns = []
         for head in range(0, key_heads, heads):
             own = slice(head, min(head + heads, key_heads))
-            columns.append(compute(problem.part(rows, own), rows, slice(own.start * group, own.stop * group)))
-        found.append(tuple(torch.cat(parts, dim=1) for parts in zip(*columns, strict=True)))
-    return tuple(torch.cat(parts, dim=0) for parts in zip(*found, strict=True))
+            columns = slice(own.start * group, own.stop * group)
+            parts = compute(problem.part(rows, own), rows, columns)
+            if not wholes:  # filled part by part: joining them at the end would hold everything twice
+                wholes = [part.new_empty(batch, key_heads * group, *part.shape[2:]) for part in parts]
+            for whole, part in zip(wholes, parts, strict=True):
+                whole[rows, columns] = part
+    return tuple(wholes)

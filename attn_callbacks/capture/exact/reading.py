@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture import flex
-from attn_callbacks.capture.exact.pairs import PairMask, block_rows, masked_pairs, separated
+from attn_callbacks.capture.exact.pairs import PairMask, masked_pairs, separated
 from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.rows import rows_at_once
 from attn_callbacks.capture.scores import let_through, wide
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def read_problem(call: AttentionCall, keeps_half: bool = False) -> Problem | Non
     query, key = (tensor if stays else wide(tensor) for tensor in (call.query, call.key))
     query, key = query.expand(batch, heads, -1, -1), key.expand(batch, -1, -1, -1)
     scale = 1.0 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
-    if scale == 0:  # kernels multiply their -inf with it
-        query, scale = query * 0.0, 1.0
+    if scale <= 0:  # kernels multiply their -inf with it
+        query, scale = query * scale, 1.0
     problem = Problem(query, key, scale, call.is_causal)
     if call.mask_mod is not None:
         return replace(problem, pairs=_function_pairs(call, query.dtype))
@@ -80,7 +81,7 @@ def _simplified(problem: Problem, mask: Tensor) -> Problem | None:
     if mask.dtype != torch.bool or mask[0, 0].numel() < _LARGE:
         return None
     queries, keys = problem.lengths
-    step = block_rows(mask.shape[0] * mask.shape[1], keys, queries)
+    step = rows_at_once(mask.shape[0] * mask.shape[1], keys, queries)
     starts = range(0, queries, step)
     key_allowed = torch.stack([mask[:, :, i : i + step].any(dim=2) for i in starts]).any(dim=0)[:, :, None]
     key_position = torch.arange(keys, device=mask.device)

@@ -46,7 +46,7 @@ def bucketed_weights(problem: Problem, counted: Tensor, parts: tuple[int, int]) 
     pooled = expectation(problem, F.one_hot(columns, parts[1]).to(problem.key.dtype)[None, None])
     pooled = pooled * counted[..., None]
     total = pooled.new_zeros(*pooled.shape[:2], *parts).index_add(2, rows, pooled)
-    count = torch.zeros(*counted.shape[:2], parts[0], device=counted.device).index_add(2, rows, counted.float())
+    count = pooled.new_zeros(*counted.shape[:2], parts[0]).index_add(2, rows, counted.to(pooled.dtype))
     return total / count.clamp_min(1.0)[..., None]
 
 

@@ -1,0 +1,67 @@
+"""Gate gradients of a run, added up by the name of the layer; over processes in one exchange."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch import distributed as dist
+
+from attn_callbacks.callbacks._host import to_host
+from attn_callbacks.metrics.importance import HeadImportance, HeadImportanceResult, importance_result
+
+__all__ = ["GateSums"]
+
+
+class GateSums:
+    """Add up the gate gradients of layers as they come, and conclude now and then."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, HeadImportance] = {}
+
+    def see(self, layer: str, heads: int, device: torch.device) -> None:
+        """Make a layer known, also one that no gradient may reach."""
+        if layer not in self._layers:
+            self._layers[layer] = HeadImportance(1, heads).to(device)
+
+    def add(self, layer: str, gates: Tensor) -> None:
+        """Add ``(samples, heads)`` of a layer that is known."""
+        self._layers[layer].update(0, gates)
+
+    def conclude(
+        self, device: torch.device, *, looked: bool, failed: bool
+    ) -> tuple[tuple[str, ...], HeadImportanceResult] | None:
+        """Return the layers and their importance over all processes, and start anew. Every process must call it.
+
+        Args:
+            device: Where this process computes.
+            looked: This process listened to some step.
+            failed: This process could not take in all that arrived.
+
+        Returns:
+            The same on all processes, on the CPU; ``None`` if one of them failed or none had anything to look at.
+        """
+        own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
+        for metric in self._layers.values():
+            metric.reset()
+        shares = _from_all_processes((looked, failed, dict(zip(self._layers, own, strict=True))))
+        layers = dict.fromkeys(layer for *_, held in shares for layer in held)
+        if any(failed for _, failed, _ in shares) or not any(looked for looked, *_ in shares) or not layers:
+            return None
+        heads = max(len(moments) for *_, held in shares for moments in held.values())
+        total = torch.zeros(len(layers), heads, 3, dtype=torch.float64)
+        for row, layer in zip(total, layers, strict=True):
+            for *_, held in shares:
+                if layer in held:
+                    row += F.pad(held[layer], (0, 0, 0, heads - len(held[layer])))
+        return tuple(layers), importance_result(total)
+
+
+def _from_all_processes(share: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [share]
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    return shares

@@ -1,0 +1,118 @@
+"""Pictures are drawn while training goes on, and are there when it ends, however it ends."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attn_callbacks import HeadStatistics
+from attn_callbacks.callbacks._writer import THREAD_NAME
+from attn_callbacks.functional import STATISTICS
+from tests.callbacks.models import (
+    REGISTRY,
+    Classifier,
+    board_logger,
+    csv_logger,
+    feeding_monitor,
+    fit,
+    quiet_trainer,
+)
+from tests.callbacks.test_all import Failing
+from tests.callbacks.test_loggers import events
+from tests.callbacks.test_writer import writer_threads
+
+each = pytest.mark.parametrize("name", sorted(REGISTRY))
+
+
+DRAWING = {
+    "AttentionHeatmaps": "attention_heatmaps.attention_heads",
+    "BiasMonitor": "_bias_log.confusion_picture",
+    "HeadStatistics": "head_statistics.layer_head_grid",
+}
+"""What each callback draws with, in the background."""
+
+
+def slowly(draw: Any, threads: set[str]) -> Any:
+    def drawn(*args: Any, **options: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        time.sleep(0.02)
+        return draw(*args, **options)
+
+    return drawn
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise MemoryError("no room for a picture")
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> None:
+    module, function = DRAWING[name].split(".")
+    home = importlib.import_module(f"attn_callbacks.callbacks.{module}")
+    monkeypatch.setattr(home, function, change(getattr(home, function)))
+
+
+@each
+@pytest.mark.parametrize("error", [None, RuntimeError("out of luck"), KeyboardInterrupt()], ids=repr)
+def test_drawing_is_finished_before_the_loggers_close(
+    name: str, error: BaseException | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    threads: set[str] = set()
+    patched(monkeypatch, name, lambda draw: slowly(draw, threads))
+    there: list[int] = []
+    logger = csv_logger(tmp_path)
+    monkeypatch.setattr(logger, "finalize", lambda status: there.append(len(list(tmp_path.glob("**/*.png")))))
+    module = Failing("training_step", error or RuntimeError())
+    module.armed = error is not None
+    module.fail_from = 1  # the first epoch is whole
+    try:
+        fit(module, quiet_trainer(tmp_path, [REGISTRY[name]()], logger=logger, max_epochs=2))
+    except (RuntimeError, KeyboardInterrupt, SystemExit):
+        assert error is not None
+    pictures = {"AttentionHeatmaps": 4, "BiasMonitor": 1, "HeadStatistics": len(STATISTICS)}[name]
+    assert there == [pictures if error else 2 * pictures]
+    assert all(thread.startswith(THREAD_NAME) for thread in threads)
+    assert writer_threads() == []
+
+
+@each
+def test_a_picture_that_fails_warns_once_and_training_goes_on(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    patched(monkeypatch, name, lambda _: broken)
+    trainer = quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path), max_epochs=3)
+    with pytest.warns(UserWarning, match=f"`{name}` is switched off.*MemoryError: no room") as caught:
+        fit(Classifier(), trainer)
+    assert len([warning for warning in caught if "switched off" in str(warning.message)]) == 1
+    assert trainer.current_epoch == 3
+    assert not list(tmp_path.glob("**/*.png"))
+    assert writer_threads() == []
+
+
+def test_a_picture_that_fails_takes_nothing_else_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def picky(draw: Any) -> Any:
+        return lambda values, **options: (broken if options["title"] == "distance" else draw)(values, **options)
+
+    patched(monkeypatch, "HeadStatistics", picky)
+    loggers = [board_logger(tmp_path), csv_logger(tmp_path)]
+    with pytest.warns(UserWarning, match="`HeadStatistics` is switched off.*no room"):
+        fit(Classifier(), quiet_trainer(tmp_path, [HeadStatistics()], logger=loggers))
+    others = set(STATISTICS) - {"distance"}
+    assert {path.name for path in tmp_path.glob("board/heads/*.png")} == {f"{name}_step4.png" for name in others}
+    tags = events(tmp_path / "board").Tags()
+    assert set(tags["images"]) == {f"heads/{name}" for name in others}
+    assert "heads/distance/net.encoder.layers.0.self_attn" in tags["scalars"]
+    assert (tmp_path / "board" / "attention" / "head_statistics.csv").exists()
+
+
+def test_a_picture_that_fails_keeps_no_feedback_from_its_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patched(monkeypatch, "BiasMonitor", lambda _: broken)
+    monitor = feeding_monitor()
+    trainer = quiet_trainer(tmp_path, [monitor], logger=csv_logger(tmp_path), max_epochs=3)
+    with pytest.warns(UserWarning, match="The log of `BiasMonitor` is switched off.*no room"):
+        fit(Classifier(), trainer)
+    assert [bool(entry["actions"]) for entry in monitor.ledger] == [True] * 3
