@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from attn_callbacks.functional import STATISTICS
 from attn_callbacks.metrics import HeadStatisticsResult
 
-__all__ = ["append_table", "layer_scalars", "statistic_means"]
+__all__ = ["append_importance", "append_table", "importance_scalars", "layer_scalars", "statistic_means"]
 
 Array = np.ndarray[Any, Any]
 
@@ -36,6 +36,16 @@ def layer_scalars(result: HeadStatisticsResult, labels: Sequence[str], per_head:
                 yield f"heads/{STATISTICS[index]}/{label}/head_{head}", value
 
 
+def importance_scalars(mean: Tensor, labels: Sequence[str], per_head: bool) -> Iterator[tuple[str, float]]:
+    """Tag and value of each layer's mean importance and, on request, of each head's, from ``(layers, heads)``."""
+    for label, row, average in zip(labels, mean.tolist(), mean.nanmean(dim=-1).tolist(), strict=True):
+        if average == average:  # NaN is not itself
+            yield f"heads/importance/{label}", average
+        for head, value in enumerate(row if per_head else ()):
+            if value == value:
+                yield f"heads/importance/{label}/head_{head}", value
+
+
 def append_table(path: Path, epoch: int, step: int, fields: Sequence[Array], labels: Sequence[str]) -> None:
     """Append a row a layer, head and statistic to a CSV file; medians are statistics ``<name>_median``.
 
@@ -46,14 +56,29 @@ def append_table(path: Path, epoch: int, step: int, fields: Sequence[Array], lab
         fields: Mean, standard error and median, each ``(layers, heads, statistics)``.
         labels: Names of the layers.
     """
+    rows = ((label, *row) for n, label in enumerate(labels) for row in _rows(*(field[n] for field in fields)))
+    _append(path, epoch, step, rows)
+
+
+def append_importance(path: Path, epoch: int, step: int, fields: Sequence[Array], labels: Sequence[str]) -> None:
+    """Append a row ``importance`` a layer and head; ``fields`` are mean and standard error, ``(layers, heads)``."""
+    rows = (
+        (label, head, "importance", value, error if error == error else "")
+        for label, *cells in zip(labels, *(field.tolist() for field in fields), strict=True)
+        for head, (value, error) in enumerate(zip(*cells, strict=True))
+        if value == value
+    )
+    _append(path, epoch, step, rows)
+
+
+def _append(path: Path, epoch: int, step: int, rows: Iterable[tuple[str, int, str, float, float | str]]) -> None:
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         if new:
             writer.writerow(_COLUMNS)
-        for layer, label in enumerate(labels):
-            writer.writerows((epoch, step, label, *row) for row in _rows(*(field[layer] for field in fields)))
+        writer.writerows((epoch, step, *row) for row in rows)
 
 
 def _rows(mean: Array, error: Array, median: Array) -> Iterator[tuple[int, str, float, float | str]]:

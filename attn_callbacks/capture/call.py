@@ -36,7 +36,8 @@ class AttentionCall(CallStatistics):
         query: Queries as the kernel received them, after projection, normalisation and rotation.
         key: Keys; under grouped-query attention with fewer heads than ``query``.
         value: Values; ``None`` where they were not seen.
-        output: What the kernel returned, before the heads are merged; ``None`` where it was not seen.
+        output: The tensor that the model goes on with, before the heads are merged: the kernel's output or, where the
+            model mixes the values itself, at times its weights; ``None`` where neither was seen.
         mask: ``True`` = may attend, or an additive bias.
         is_causal: Query ``i`` may attend to keys ``0..i`` (aligned at the first query, as in PyTorch).
         scale: Factor on the scores; ``None`` is ``1 / sqrt(head_dim)``.
@@ -51,7 +52,7 @@ class AttentionCall(CallStatistics):
     Shape:
         - query: ``(batch, heads, queries, head_dim)``
         - key, value: ``(batch, key_heads, keys, head_dim)``
-        - output: ``(batch, heads, queries, head_dim)``
+        - output: ``(batch, heads, queries, head_dim | keys)``, or with the axes in which the model holds it
         - mask: four axes, broadcastable to ``(batch, heads, queries, keys)``
         - scores, recorded: ``(batch, heads, queries, keys)``
 

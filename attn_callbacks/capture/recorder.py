@@ -41,8 +41,8 @@ class AttentionRecorder:
     :func:`record`. Output, gradients and random numbers of the model stay bit-identical. A compiled model runs eagerly
     inside the block and keeps its compiled graphs for afterwards. Nothing remains installed after the block.
 
-    Costs 2 microseconds for each torch function that the model calls, and the memory of queries, keys and values of
-    the calls that are kept; ``on_call`` keeps none. Recorders nest; one that was entered later leaves earlier.
+    Costs 2 microseconds for each torch function that the model calls, and the memory of queries, keys, values and
+    outputs of the calls that are kept; ``on_call`` keeps none. Recorders nest; one that was entered later leaves earlier.
 
     Not seen: nested tensors outside of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention``, scripted and exported
     modules, kernels that are not torch functions (flash-attn, xformers), other threads, and banded, chunked and

@@ -1,8 +1,9 @@
-"""Pure functions over attention: statistics of heads, mass on token sets, row sampling. Torch only."""
+"""Pure functions over attention: statistics and importance of heads, mass on token sets, row sampling. Torch only."""
 
 from __future__ import annotations
 
 from attn_callbacks.functional.entropy import head_entropy
+from attn_callbacks.functional.importance import gate_gradient
 from attn_callbacks.functional.mass import attention_lift, attention_mass, target_share
 from attn_callbacks.functional.rows import row_mean, stratified_rows
 from attn_callbacks.functional.statistics import STATISTICS, head_statistics
@@ -11,6 +12,7 @@ __all__ = [
     "STATISTICS",
     "attention_lift",
     "attention_mass",
+    "gate_gradient",
     "head_entropy",
     "head_statistics",
     "row_mean",

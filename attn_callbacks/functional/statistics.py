@@ -54,7 +54,7 @@ def head_statistics(
     | ``previous_mass`` | weight on the position before | [0, 1] |
     | ``next_mass`` | weight on the position after | [0, 1] |
     | ``first_mass`` | weight on the sample's first valid key | [0, 1] |
-    | ``max_logit`` | largest score before the softmax; the maximum over rows, not the mean | real |
+    | ``max_logit`` | largest score of an allowed key before the softmax; the maximum over rows, not the mean | real |
 
     A row leaves the average of ``self_mass``, ``previous_mass``, ``next_mass`` and ``first_mass`` when that key does
     not exist for it: outside the sequence, padding, or disallowed. So ``next_mass`` is NaN under a causal mask given
@@ -111,8 +111,7 @@ def weight_statistics(weights: Tensor, logits: Tensor | None, frame: Frame) -> T
     pairs = frame.pairs(weights)
     top = weights.new_full((1, 1, 1), torch.nan)
     if logits is not None:
-        everywhere = frame.allowed is None and frame.key_valid is None
-        top = _top_logit(weights, logits, None if everywhere else pairs)
+        top = _top_logit(weights, logits, frame.allowed)
     attends = weights.sum(dim=-1) != 0
     return _averages(weights, row_entropy(weights), weights.amax(dim=-1), top, attends, pairs, frame)
 
@@ -201,14 +200,14 @@ def _masses(
     return dict(zip(wanted, zip(mass.unbind(dim=-1), exists.unbind(dim=-1), strict=True), strict=True))
 
 
-def _top_logit(weights: Tensor, logits: Tensor, pairs: Tensor | None) -> Tensor:
-    """Largest logit of every row ``(batch, heads, rows)``, among ``pairs`` (``None``: all)."""
+def _top_logit(weights: Tensor, logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Largest logit of every row ``(batch, heads, rows)``, among the ``allowed`` pairs (``None``: all)."""
     if logits.shape != weights.shape:
         expected = tuple(weights.shape)
         raise ValueError(f"`logits` must have the shape of `weights` {expected}, got {tuple(logits.shape)}.")
     logits = logits.detach().float()
-    if pairs is None:
+    if allowed is None:
         return logits.amax(dim=-1)
     # a minimum is six times faster than `where` on all pairs
-    ceiling = torch.where(pairs, logits.new_full((), torch.inf), -torch.inf)
+    ceiling = torch.where(allowed.bool(), logits.new_full((), torch.inf), -torch.inf)
     return torch.minimum(logits, ceiling).amax(dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,11 +16,14 @@ from attn_callbacks.functional.statistics import STATISTICS
 
 __all__ = ["exact_head_statistics"]
 
+_SMALL_BYTES = 16 * 2**20
+
 
 def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tensor, long_range: float = 0.25) -> Tensor:
     """Compute :func:`~attn_callbacks.functional.head_statistics` over all rows without the weights.
 
-    Costs about two forwards of the fused kernel, in ``O(queries * head_dim)`` memory and in float32. The largest weight
+    Costs two to three forwards of the fused kernel, in ``O(queries * head_dim)`` memory and in float32. Matrices of up
+    to 16 MB are made and read, which takes less time than many calls for little. Beyond that, the largest weight
     and the largest logit need rows of scores: they come from the drawn rows. So does everything behind a FlexAttention
     ``score_mod``, and so do the entropies under a bias that is not one of the query plus one of the key (T5).
 
@@ -40,8 +44,8 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
         {'entropy': 1.3863, 'entropy_normalised': 1.0, 'confidence': 0.25, 'distance': 1.25}
     """
     call = call.detach()
-    if call.query is None or call.key is None:
-        return sampled_head_statistics(call, None, call.query_valid, long_range)  # the matrix exists: read all of it
+    if call.query is None or call.key is None or 4 * math.prod(call.shape) <= _SMALL_BYTES:
+        return sampled_head_statistics(call, None, call.query_valid, long_range)  # all of the matrix
     values = sampled_head_statistics(call, rows, drawn, long_range)
     if call.score_mod is not None:
         return values
