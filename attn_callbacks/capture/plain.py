@@ -35,9 +35,19 @@ class PlainRows:
         Raises:
             ValueError: If the model handed over its weights: they do not tell the scores.
         """
-        if self.logits is None:
-            raise ValueError("`logsumexp` needs scores, and this call holds recorded weights only.")
-        return self.logits.logsumexp(dim=-1)
+        return self._scores("logsumexp").logsumexp(dim=-1)
+
+    def max_logit(self) -> Tensor:
+        """Largest score.
+
+        Raises:
+            ValueError: As :meth:`logsumexp`.
+        """
+        return self._scores("max_logit").amax(dim=-1)
+
+    def confidence(self) -> Tensor:
+        """Largest weight."""
+        return self.weights.amax(dim=-1)
 
     def entropy(self) -> Tensor:
         """Entropy in nats."""
@@ -87,6 +97,11 @@ class PlainRows:
     def may_see(self, keys: Tensor, exists: Tensor) -> Tensor:
         """Rows that may attend to some of these keys, ``(batch, heads, rows)``."""
         return (self._at(self.allowed.expand_as(self.weights), keys) & self._own(exists)[:, None]).any(dim=-1)
+
+    def _scores(self, name: str) -> Tensor:
+        if self.logits is None:
+            raise ValueError(f"`{name}` needs scores, and this call holds recorded weights only.")
+        return self.logits
 
     def _at(self, matrix: Tensor, keys: Tensor) -> Tensor:
         index = self._own(keys)[:, None].expand(*matrix.shape[:3], -1)

@@ -42,7 +42,8 @@ class AttentionRecorder:
     inside the block and keeps its compiled graphs for afterwards. Nothing remains installed after the block.
 
     Costs 2 microseconds for each torch function that the model calls, and the memory of queries, keys, values and
-    outputs of the calls that are kept; ``on_call`` keeps none. Recorders nest; one that was entered later leaves earlier.
+    outputs of the calls that are kept; ``on_call`` keeps none. Recorders nest; one that was entered later leaves
+    earlier.
 
     Not seen: nested tensors outside of ``nn.TransformerEncoder`` and ``nn.MultiheadAttention``, scripted and exported
     modules, kernels that are not torch functions (flash-attn, xformers), other threads, and banded, chunked and

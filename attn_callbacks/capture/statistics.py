@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_callbacks._checks import at_least, integer
 from attn_callbacks.capture.arguments import check_same_tokens, feature_columns, sample_widths
 from attn_callbacks.capture.asking import AskedCall
-from attn_callbacks.capture.exact import distribution, position
+from attn_callbacks.capture.exact import distribution, extremes, position
 from attn_callbacks.capture.row_statistic import RowStatistic
 from attn_callbacks.capture.rows import row_chunks
 
@@ -99,6 +99,14 @@ class CallStatistics(AskedCall):
         if order == 1:
             return self.entropy()
         return self._ask(lambda p: distribution.renyi_entropy(p, order), lambda rows: rows.renyi_entropy(order))
+
+    def max_logit(self) -> RowStatistic:
+        """Largest score of every query, before the softmax. Scores in blocks of rows: about half a call."""
+        return self._ask(extremes.max_logit, lambda rows: rows.max_logit(), uses_logsumexp=False)
+
+    def confidence(self) -> RowStatistic:
+        """Largest weight of every query (Voita et al., 2019, section 4). As :meth:`max_logit`."""
+        return self._ask(extremes.confidence, lambda rows: rows.confidence())
 
     def mean_position(self) -> RowStatistic:
         """Mean index of the attended keys. One call."""

@@ -22,10 +22,10 @@ _SMALL_BYTES = 16 * 2**20
 def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tensor, long_range: float = 0.25) -> Tensor:
     """Compute :func:`~attn_callbacks.functional.head_statistics` over all rows without the weights.
 
-    Costs two to three forwards of the fused kernel, in ``O(queries * head_dim)`` memory and in float32. Matrices of up
-    to 16 MB are made and read, which takes less time than many calls for little. Beyond that, the largest weight
-    and the largest logit need rows of scores: they come from the drawn rows. So does everything behind a FlexAttention
-    ``score_mod``, and so do the entropies under a bias that is not one of the query plus one of the key (T5).
+    Costs about three forwards of the fused kernel if causal, else four, in ``O(queries * head_dim)`` memory and in
+    float32. Matrices of up to 16 MB are made and read, which takes less time than many calls for little. The drawn rows
+    stand in where no identity holds: for the entropies under a bias that is not one of the query plus one of the key
+    (T5), and for everything behind a FlexAttention ``score_mod``.
 
     Args:
         call: Any call.
@@ -46,20 +46,30 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
     call = call.detach()
     if call.query is None or call.key is None or 4 * math.prod(call.shape) <= _SMALL_BYTES:
         return sampled_head_statistics(call, None, call.query_valid, long_range)  # all of the matrix
-    values = sampled_head_statistics(call, rows, drawn, long_range)
     if call.score_mod is not None:
-        return values
+        return sampled_head_statistics(call, rows, drawn, long_range)
     call = replace(call, query=wide(call.query), key=wide(call.key))
     answers = _row_statistics(call, long_range)
-    exact = {name: answer.mean().float() for name, answer in answers.items() if answer.is_exact}
-    return torch.stack([exact.get(name, values[..., index]) for index, name in enumerate(STATISTICS)], dim=-1)
+    values = {name: answer.mean().float() for name, answer in answers.items() if answer.is_exact}
+    values["max_logit"] = _highest(answers["max_logit"])
+    if not answers["entropy"].is_exact:
+        sampled = sampled_head_statistics(call, rows, drawn, long_range)
+        values |= {name: sampled[..., STATISTICS.index(name)] for name in ("entropy", "entropy_normalised")}
+    missing = torch.full(call.shape[:2], torch.nan, device=call.device)
+    return torch.stack([values.get(name, missing) for name in STATISTICS], dim=-1)
 
 
 def _row_statistics(call: AttentionCall, long_range: float) -> dict[str, RowStatistic]:
-    """Everything but the largest weight and logit."""
+    """All of them for every row."""
     _, _, queries, keys = call.shape
     entropy, features = call.entropy_and_expectation(torch.arange(keys, device=call.device)[:, None])
-    found = {"entropy": entropy, "first_mass": call.first_mass()}
+    top, lse = call.max_logit(), call.logsumexp()  # whose difference is the logarithm of the confidence
+    found = {
+        "entropy": entropy,
+        "confidence": RowStatistic((top.values - lse.values).exp(), top.counted),
+        "first_mass": call.first_mass(),
+        "max_logit": top,
+    }
     if entropy.is_exact:
         found["entropy_normalised"] = _normalised(entropy, call.choices())
     if call.is_cross or queries != keys:
@@ -72,6 +82,11 @@ def _row_statistics(call: AttentionCall, long_range: float) -> dict[str, RowStat
         "previous_mass": call.offset_mass(-1),
         "next_mass": call.offset_mass(1),
     }
+
+
+def _highest(logits: RowStatistic) -> Tensor:
+    highest = logits.values.masked_fill(~logits.counted, -torch.inf).amax(dim=-1)
+    return highest.masked_fill(highest == -torch.inf, torch.nan).float()
 
 
 def _normalised(entropy: RowStatistic, choices: Tensor) -> RowStatistic:

@@ -58,7 +58,7 @@ class Problem:
         """Count the keys that each query may attend to, ``(batch | 1, heads | 1, queries)``."""
         queries, keys = self.lengths
         if self.pairs is not None:
-            blocks = [(bias > -torch.inf).sum(dim=-1) for _, _, bias in self._blocks(self.pairs)]
+            blocks = [(bias > -torch.inf).sum(dim=-1) for _, _, bias in self._blocks()]
             return torch.cat(blocks, dim=-1)
         open_keys = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=self.key.device)
         if self.key_bias is not None:
@@ -125,24 +125,36 @@ class Problem:
             known_logsumexp=None if self.known_logsumexp is None else self.known_logsumexp[batch, heads],
         )
 
-    def _blocks(self, pairs: PairMask) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield ``start, stop`` and everything that is added to the scores of these queries."""
+    def bias(self, start: int, stop: int) -> Tensor | None:
+        """What is added to the scores of queries ``start..stop - 1``, ``-inf`` where they may not attend.
+
+        Four axes, broadcastable to the scores; ``None`` where nothing is.
+        """
+        bias = None if self.pairs is None else self.pairs.read(start, stop).to(self.query.dtype)
+        if self.key_bias is not None:
+            bias = self.key_bias if bias is None else bias + self.key_bias
+        if not self.is_causal:
+            return bias
+        rows, keys = (torch.arange(*ends, device=self.key.device) for ends in ((start, stop), (0, self.lengths[1])))
+        future = keys > rows[:, None]
+        known = torch.zeros(1, 1, 1, 1, dtype=self.key.dtype, device=self.key.device) if bias is None else bias
+        return torch.where(future, -torch.inf, known)
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield ``start, stop`` and the :meth:`bias` of blocks of queries, for a mask of pairs."""
         queries, keys = self.lengths
-        maps = pairs.maps if self.key_bias is None else torch.broadcast_shapes(pairs.maps, self.key_bias.shape[:2])
-        step = rows_at_once(maps[0] * maps[1], keys, queries)
+        maps = [bias.shape[:2] for bias in (self.key_bias,) if bias is not None]
+        maps += [torch.Size(pairs.maps) for pairs in (self.pairs,) if pairs is not None]
+        step = rows_at_once(torch.broadcast_shapes(*maps).numel(), keys, queries)
         for start in range(0, queries, step):
             stop = min(start + step, queries)
-            bias = pairs.read(start, stop).to(self.query.dtype)
-            if self.key_bias is not None:
-                bias = bias + self.key_bias
-            if self.is_causal:
-                rows = torch.arange(start, stop, device=bias.device)
-                bias = bias.masked_fill(torch.arange(keys, device=bias.device) > rows[:, None], -torch.inf)
-            yield start, stop, bias
+            bias = self.bias(start, stop)
+            if bias is not None:
+                yield start, stop, bias
 
     def _attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.pairs is not None:
-            return self._attend_in_blocks(self.pairs, value)
+            return self._attend_in_blocks(value)
         output, logsumexp = attend(
             self.query, self.key, value, self.key_bias, is_causal=self.is_causal, scale=self.scale
         )
@@ -150,9 +162,9 @@ class Problem:
             return output, logsumexp
         return output, logsumexp.masked_fill(self.choices() == 0, -torch.inf)
 
-    def _attend_in_blocks(self, pairs: PairMask, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_in_blocks(self, value: Tensor) -> tuple[Tensor, Tensor]:
         outputs, logsumexps = [], []
-        for start, stop, bias in self._blocks(pairs):
+        for start, stop, bias in self._blocks():
             seen = min(stop, self.lengths[1]) if self.is_causal else self.lengths[1]
             query, key, columns = self.query[:, :, start:stop], self.key[:, :, :seen], value[:, :, :seen]
             output, logsumexp = attend(query, key, columns, bias[..., :seen], scale=self.scale)

@@ -70,6 +70,7 @@ PAIRS: dict[str, tuple[Ask, Ask]] = {
         lambda call: call.expectation(key_features(call.shape).to(call.query.dtype)).values,
         lambda call: _rows(call.weights() @ key_features(call.shape).to(call.query.dtype), call),
     ),
+    "confidence": (lambda call: call.confidence().values, lambda call: _rows(call.weights().amax(dim=-1), call)),
     "entropy": (lambda call: call.entropy().values, lambda call: _rows(_entropy(call.weights()), call)),
     "entropy of both": (
         lambda call: call.entropy_and_expectation(key_features(call.shape).to(call.query.dtype))[0].values,

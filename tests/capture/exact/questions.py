@@ -41,6 +41,8 @@ def _mass(name: str, argument: int, compares_positions: bool = True) -> Question
 
 QUESTIONS: dict[str, Question] = {
     "logsumexp": Question(AttentionCall.logsumexp, Reference.logsumexp),
+    "max logit": Question(AttentionCall.max_logit, Reference.max_logit),
+    "confidence": Question(AttentionCall.confidence, Reference.confidence),
     "expectation": Question(
         lambda call: call.expectation(key_features(call.shape)),
         lambda ref: ref.expectation(key_features(ref.shape)),

@@ -80,6 +80,12 @@ class Reference:
         table = features.detach().double().numpy()
         return self.each_row(lambda b, h, i: self.weights[b, h, i] @ (table if table.ndim == 2 else table[b, h]))
 
+    def max_logit(self) -> Expected:
+        return self.each_row(lambda b, h, i: max(self.scores[b, h, i]))
+
+    def confidence(self) -> Expected:
+        return self.each_row(lambda b, h, i: max(self.weights[b, h, i]))
+
     def entropy(self) -> Expected:
         return self.each_row(lambda b, h, i: -sum(p * math.log(p) for p in self.weights[b, h, i] if p > 0))
 

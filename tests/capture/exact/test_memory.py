@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_callbacks.capture import AttentionCall, rows
-from attn_callbacks.capture.exact import problem
+from attn_callbacks.capture.exact import extremes, problem
 from benchmarks.allocation import peak_bytes
 from tests.capture.exact.cases import additive, attention, noise, padding, triangle, window
 
@@ -30,6 +30,7 @@ OF_PAIRS: dict[str, Callable[[], AttentionCall]] = {
 }
 ASKED: dict[str, Callable[[AttentionCall], object]] = {
     "logsumexp": AttentionCall.logsumexp,
+    "confidence": AttentionCall.confidence,
     "expectation": lambda call: call.expectation(noise(call.shape[3], 8)),
     "entropy": AttentionCall.entropy,
     "entropy and expectation": lambda call: call.entropy_and_expectation(noise(call.shape[3], 8)),
@@ -53,6 +54,12 @@ ASKED: dict[str, Callable[[AttentionCall], object]] = {
 
 def long(tokens: int | None = None, **options: object) -> AttentionCall:
     return attention(tokens or N, **{"batch": 1, "heads": 2, **options})
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that fills the cache is larger than a map of these lengths."""
+    monkeypatch.setattr(extremes, "_CACHED", 2**12)
 
 
 def applies(call: AttentionCall, name: str) -> bool:

@@ -152,7 +152,7 @@ def test_a_constant_added_to_a_row_moves_the_logsumexp_alone(call: AttentionCall
     shift = moved.logsumexp().values - call.logsumexp().values
     assert torch.allclose(shift, constant[..., 0].expand_as(shift), atol=1e-4)
     for name, question in QUESTIONS.items():
-        if name != "logsumexp":
+        if name not in ("logsumexp", "max logit"):
             got, expected = question.ask(moved), question.ask(call)
             if got.is_exact:
                 assert torch.allclose(got.values, expected.values, 1e-4, 1e-4 * question.unit(call.shape[3])), name
