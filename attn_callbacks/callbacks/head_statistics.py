@@ -66,10 +66,10 @@ class HeadStatistics(ValidationObserver):
         every_n_epochs: Look after every n-th epoch.
         per_head: Also log each head as scalars ``heads/<statistic>/<layer>/head_<i>``.
         seed: Seed of the drawn rows.
-        mode: ``"sampled"`` looks at the drawn rows only. ``"exact"`` looks at all of them, for the time of three or four
-            more fused forwards of every layer, and without a matrix of queries x keys. Two things still come from the
-            drawn rows: the entropies under a bias that is not one of the query plus one of the key (T5), and
-            everything behind a FlexAttention ``score_mod``.
+        mode: ``"sampled"`` looks at the drawn rows only. ``"exact"`` looks at all, for the time of three or four more
+            fused forwards of every layer, and without a matrix of queries x keys. Two things still come from the drawn
+            rows: the entropies under a bias that is not one of the query plus one of the key (T5), and everything
+            behind a FlexAttention ``score_mod``.
         importance_every_n_steps: Also measure how much the training loss hangs on each head (the size of the gradient
             of a gate on it, averaged over samples), in the backward of every n-th training step, which then costs
             about 3 % more. Logged as ``heads/importance`` with the statistics. ``None`` leaves training steps alone.

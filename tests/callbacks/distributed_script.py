@@ -166,13 +166,18 @@ def seen(module: Any, monitor: Any, statistics: Any, trainer: Any) -> dict[str, 
         "mean": statistics.result.mean.nan_to_num(-1).tolist(),
         "error": statistics.result.standard_error.nan_to_num(-1).tolist(),
         "samples": statistics.result.samples.tolist(),
+        "importance": [field.nan_to_num(-1).tolist() for field in statistics.importance],
         "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
     }
 
 
 def main(folder: Path, devices: int) -> None:
     torch.manual_seed(0)
-    module, monitor, statistics = Descending(), feeding_monitor(min_support=1), HeadStatistics()
+    module, monitor, statistics = (
+        Descending(),
+        feeding_monitor(min_support=1),
+        HeadStatistics(importance_every_n_steps=1),
+    )
     options = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     best = pl.callbacks.ModelCheckpoint(str(folder / "best"), monitor="heads/entropy_mean", mode="max")
     stop = pl.callbacks.EarlyStopping("heads/distance_mean", patience=9)

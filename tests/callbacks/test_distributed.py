@@ -64,6 +64,8 @@ def test_two_processes_measure_what_one_does(one: Result, two: list[Result]) -> 
     assert found["samples"] == expected["samples"]
     np.testing.assert_allclose(found["mean"], expected["mean"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["error"], expected["error"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found["importance"], expected["importance"], rtol=1e-4, atol=1e-7)
+    assert np.min(expected["importance"][0]) > 0
     for name in ("counts", "train_counts", "support"):
         assert found["report"][name] == expected["report"][name]
     assert np.sum(expected["report"]["counts"]) == 64
@@ -125,17 +127,19 @@ def test_uneven_shares_are_counted_once_each(two: list[Result]) -> None:
     assert np.max(two[0]["uneven"]["samples"]) == 32
 
 
-def test_only_rank_zero_writes(folders: tuple[Path, Path]) -> None:
-    one, two = (
+def test_only_rank_zero_writes(folders: tuple[Path, Path], one: Result) -> None:
+    single, double = (
         {path.relative_to(folder / "run").as_posix(): path for path in (folder / "run").glob("**/*") if path.is_file()}
         for folder in folders
     )
-    assert len([name for name in one if name.endswith(".png")]) > 10
-    assert set(one) == set(two)  # the validation of its own was at a step that was drawn before
+    assert len([name for name in single if name.endswith(".png")]) > 10
+    assert set(single) == set(double)  # the validation of its own was at a step that was drawn before
     lines = {
-        name: [run[name].read_text().count("\n") for run in (one, two)]
-        for name in one
+        name: [run[name].read_text().count("\n") for run in (single, double)]
+        for name in single
         if "attention/" in name and not name.endswith("png")
     }
     assert lines["attention/bias.jsonl"] == [2, 3]
-    assert lines["attention/head_statistics.csv"][1] - 1 == 1.5 * (lines["attention/head_statistics.csv"][0] - 1)
+    rows = [count - 1 for count in lines["attention/head_statistics.csv"]]
+    importance = 2 * np.size(one["even"]["importance"][0])  # of two epochs: a validation alone has no training steps
+    assert rows[1] - importance == 1.5 * (rows[0] - importance)
