@@ -37,9 +37,8 @@ format: $(INSTALLED) ## Format the code and cure what ruff can cure by itself
 	@$(PY) -m ruff check --fix-only .
 	@$(PY) -m ruff format .
 
-bench: $(INSTALLED) data ## Measure what looking and each loss cost; half an hour, wants a quiet machine (ARGS="--quick", table names)
+bench: $(INSTALLED) data ## Measure what looking costs; 15 minutes, wants a quiet machine (ARGS="--quick", table names, "losses" for the losses)
 	@$(PY) -m benchmarks --out runs/benchmarks $(ARGS)
-	@$(if $(ARGS),,$(PY) -m benchmarks.losses)
 
 clean: ## Remove caches and build products; keeps .venv and runs
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -60,7 +60,7 @@ def run(setting: Setting) -> Iterator[Block]:
     yield Block(
         "step", f"{shape}, {ids.shape[0]} x {ids.shape[1]} tokens", setting.turns(_steps(model, ids), warm_up=1)
     )
-    few = torch.randint(1000, setting.pick((2, 32), (2, 8)), device=setting.device)
+    few = torch.randint(1000, setting.pick((1, 32), (2, 8)), device=setting.device)
     turns = setting.turns({PASS: lambda: one_pass(model, few), ABLATION: lambda: ablation(model, few)}, warm_up=1)
     both = torch.stack([-one_pass(model, few).flatten(), ablation(model, few).flatten()])
     values = {AGREE: Interval.exact(torch.corrcoef(both)[0, 1].item())}
@@ -102,7 +102,7 @@ def _steps(model: Model, ids: Tensor) -> dict[str, Callable[[], object]]:
     from attn_callbacks.callbacks._gates import GateGradients
     from attn_callbacks.callbacks._guard import Guard
 
-    strategy = SimpleNamespace(root_device=ids.device, reduce=lambda sizes, reduce_op: sizes)
+    strategy = SimpleNamespace(root_device=ids.device)
     trainer: Any = SimpleNamespace(accumulate_grad_batches=1, precision_plugin=None, strategy=strategy)
     wrapped: Any = model
     gates = GateGradients(trainer, wrapped, None, 1, BatchSchema(), Guard("`importance`"))

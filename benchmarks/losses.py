@@ -1,32 +1,36 @@
 """What each loss costs: time and memory of forward and backward, beside cross entropy in the same run.
 
-Run: ``python benchmarks/losses.py [folder for the JSON files] [device] [tables...]``.
+Run: ``python benchmarks/losses.py [--out FOLDER] [--quick]``; ``python -m benchmarks losses`` is the same.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: this one would hide the package `losses`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
 from benchmarks.allocation import keep_freed_pages, peak_bytes
 from benchmarks.loss_arms import TABLES
-from benchmarks.paired import compare, report
+from benchmarks.runner import main
+from benchmarks.table import Block, Setting, Table
+
+PAIRS = 21
 
 
-def main(folder: str = "runs/benchmarks", device: str = "cpu", *tables: str) -> None:
+def run(setting: Setting) -> Iterator[Block]:
+    """Time every family of losses; with ``--quick`` only the smallest one."""
     keep_freed_pages()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    for title in tables or TABLES:
-        arms = TABLES[title](device)
-        memory = {name: peak_bytes(run) for name, run in arms.items()} if device == "cpu" else {}
-        report(f"{title} on {device}", compare(arms), Path(folder), memory)
+    for key in setting.pick(list(TABLES), ["predictions"]):
+        arms = TABLES[key](setting.device)
+        memory = {"tensors, MB": {name: peak_bytes(arm) / 1e6 for name, arm in arms.items()}}
+        columns = {} if setting.device.startswith("cuda") else memory
+        yield Block(key, key, setting.turns(arms, warm_up=3, pairs=PAIRS), columns=columns)
 
+
+TABLE = Table("losses", "Losses, relative to the first line of each block", (), run)
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main([TABLE.name, *sys.argv[1:]]))

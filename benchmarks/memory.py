@@ -1,8 +1,8 @@
 """Memory: exact statistics of one layer of twelve heads, beside the attention maps that they replace.
 
-Nothing is timed, so every arm runs in a fresh process on all cores. Maps grow with the square of the length and are
-kept for all layers: they are measured at 1,024 tokens and computed for sizes that would not fit. Statistics need memory
-of one layer at a time.
+Nothing is timed, so every arm runs in a fresh process on all cores, whatever `--threads` says. Maps grow with the
+square of the length and are kept for all layers: they are measured at 1,024 tokens and computed for sizes that would
+not fit. Statistics need memory of one layer at a time.
 
 Run: ``python -m benchmarks.memory [--out FOLDER] [--quick] [--long]``.
 """
@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from benchmarks.memory_arm import ARMS, HEADS, LAYERS
+from benchmarks.memory_arm import ARMS, HEADS, LAYERS, MASKED
 from benchmarks.paired import Interval
 from benchmarks.resident import Memory, fresh_memory
 from benchmarks.runner import main
@@ -34,8 +34,16 @@ def run(setting: Setting) -> Iterator[Block]:
         values=exact,
         columns=_columns(maps),
     )
-    every = [name for name in ARMS if name != MAPS]
+    every = [name for name in ARMS if name != MAPS and MASKED not in name]
+    under_mask = [name for name in ARMS if MASKED in name]
     yield _block("4096", setting.pick(4096, 256), setting.pick(every, [PACKED]), ALL)
+    for tokens in (4096, 8192):
+        size = setting.pick(tokens, 256)
+        found = {arm: fresh_memory(arm, size, _cores()) for arm in setting.pick(under_mask, under_mask[-1:])}
+        title = (
+            f"one layer of {HEADS} heads, {size} tokens, under a mask of {size**2 / 1e6:.0f} MB that was there before"
+        )
+        yield Block(f"{tokens}{MASKED}", title, columns=_columns(found))
     yield _block("16384", setting.pick(16384, 256), [PACKED], ALL)
     yield _block("65536", setting.pick(65536, 256), [], PACKED)
     if setting.long:

@@ -17,9 +17,11 @@ from attn_callbacks.capture import AttentionCall
 from benchmarks.allocation import peak_bytes
 from benchmarks.resident import Memory, resident_growth
 
-__all__ = ["ARMS", "HEADS", "HEAD_DIM", "LAYERS"]
+__all__ = ["ARMS", "HEADS", "HEAD_DIM", "LAYERS", "MASKED"]
 
 LAYERS, HEADS, HEAD_DIM = 12, 12, 64
+WINDOW = 1024
+MASKED = ", mask of pairs"
 
 Run = Callable[[], object]
 
@@ -30,6 +32,18 @@ def one_call(ask: Callable[[AttentionCall], object]) -> Callable[[int], Run]:
     def prepare(tokens: int) -> Run:
         query, key, value = (torch.randn(1, HEADS, tokens, HEAD_DIM) for _ in range(3))
         return lambda: ask(AttentionCall("attention", query=query, key=key, value=value, is_causal=True))
+
+    return prepare
+
+
+def masked_call(ask: Callable[[AttentionCall], object]) -> Callable[[int], Run]:
+    """Ask a call under a sliding window, as a mask ``(1, 1, tokens, tokens)`` that the model has anyway."""
+
+    def prepare(tokens: int) -> Run:
+        query, key, value = (torch.randn(1, HEADS, tokens, HEAD_DIM) for _ in range(3))
+        back = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        mask = ((back >= 0) & (back < WINDOW))[None, None]
+        return lambda: ask(AttentionCall("attention", query=query, key=key, value=value, mask=mask))
 
     return prepare
 
@@ -45,6 +59,7 @@ def everything(call: AttentionCall) -> object:
     return (
         packed(call),
         call.received_mass(),
+        call.summary().entropy.mean(),
         call.bucketed_weights(*(min(64, length) for length in call.shape[2:])),
         call.mean_distance().mean(),
         call.window_mass(32).mean(),
@@ -54,7 +69,7 @@ def everything(call: AttentionCall) -> object:
 def model_output(call: AttentionCall) -> object:
     """What the model itself does: one fused forward."""
     query, key, value = (tensor for tensor in (call.query, call.key, call.value) if tensor is not None)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return F.scaled_dot_product_attention(query, key, value, call.mask, is_causal=call.is_causal)
 
 
 def returned_maps(tokens: int) -> Run:
@@ -74,7 +89,11 @@ ARMS: dict[str, Callable[[int], Run]] = {
     "64 x 64 map": one_call(lambda call: call.bucketed_weights(*(min(64, length) for length in call.shape[2:]))),
     "mean distance": one_call(lambda call: call.mean_distance().mean()),
     "window mass, 32": one_call(lambda call: call.window_mass(32).mean()),
+    "summary": one_call(lambda call: call.summary().entropy.mean()),
     "all exact statistics": one_call(everything),
+    f"fused forward{MASKED}": masked_call(model_output),
+    f"entropy{MASKED}": masked_call(lambda call: call.entropy().mean()),
+    f"all exact statistics{MASKED}": masked_call(everything),
     "returned maps": returned_maps,
 }
 

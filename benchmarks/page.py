@@ -36,6 +36,10 @@ def table(folder: Path) -> str:
     paths = {name: folder / f"{name}.json" for name in NAMES}
     results = {name: json.loads(path.read_text("utf-8")) for name, path in paths.items() if path.exists()}
     quick = [name for name, result in results.items() if result["machine"]["quick"]]
+    if not results:
+        raise ValueError(
+            f"`{folder}` holds no results. Give the folder that `python -m benchmarks --out FOLDER` wrote."
+        )
     if quick:
         raise ValueError(f"Measured with --quick, which measures nothing: {', '.join(quick)}. Run them without it.")
     rows = [(goal["number"], _row(goal)) for goal in _goals(results)]
@@ -60,6 +64,9 @@ def main(arguments: list[str]) -> int:
         print("Give the folder that `python -m benchmarks --out FOLDER` wrote.", file=sys.stderr)
         return 2
     page = Path(arguments[1]) if len(arguments) == 2 else PAGE
+    if not page.is_file():
+        print(f"There is no page `{page}` to write the table into.", file=sys.stderr)
+        return 2
     try:
         page.write_text(fill(page.read_text("utf-8"), table(Path(arguments[0]))), "utf-8")
     except ValueError as error:

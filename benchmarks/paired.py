@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-__all__ = ["Comparison", "Interval", "Turns", "compare", "median_interval", "report", "take_turns"]
+__all__ = ["Comparison", "Interval", "Turns", "median_interval", "take_turns"]
 
 Array = np.ndarray[Any, Any]
 Clock = Callable[[], float]
@@ -124,30 +121,6 @@ def take_turns(
             times[name].append(_timed(arms[name], clocks, wait or (lambda: None)))
     wall, process = ({name: np.array([row[i] for row in rows]) for name, rows in times.items()} for i in (0, 1))
     return Turns(wall, process)
-
-
-def compare(arms: Mapping[str, Callable[[], Any]], pairs: int = 21, warm_up: int = 3) -> dict[str, Comparison]:
-    """Time every arm ``pairs`` times, in turns, and relate each to the first arm of its turn."""
-    return take_turns(arms, pairs, warm_up).table()
-
-
-def report(
-    title: str, results: Mapping[str, Comparison], folder: Path, memory: Mapping[str, int] | None = None
-) -> None:
-    """Print a table and write ``<folder>/<title>.json``; ``memory`` is the peak of each arm in bytes."""
-    memory = memory or {}
-    width = max(34, *map(len, results))
-    print(f"\n{title}   ({torch.get_num_threads()} thread(s), torch {torch.__version__})")
-    print(f"{'':{width}s} {'ms':>9s} {'ratio':>7s}   95 % interval" + ("       MB" if memory else ""))
-    for name, result in results.items():
-        line = (
-            f"{name:{width}s} {1000 * result.seconds:9.2f} {result.ratio:7.3f}   [{result.low:.3f}, {result.high:.3f}]"
-        )
-        print(line + (f"  {memory[name] / 1e6:9.1f}" if name in memory else ""))
-    arms = {name: {**result._asdict(), "peak_bytes": memory.get(name)} for name, result in results.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{title.replace(' ', '_')}.json"
-    path.write_text(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "arms": arms}))
 
 
 def _timed(run: Callable[[], Any], clocks: tuple[Clock, Clock], wait: Callable[[], Any]) -> tuple[float, float]:

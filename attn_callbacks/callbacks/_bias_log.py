@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attn_callbacks.bias import BiasReport
-from attn_callbacks.callbacks._loggers import can_log, log_point, log_text
+from attn_callbacks.callbacks._loggers import can_log, log_point, log_text, with_epoch
 from attn_callbacks.callbacks._writer import BackgroundWriter
 from attn_callbacks.render import confusion_picture
 
@@ -20,9 +20,23 @@ __all__ = ["log_report"]
 
 
 def log_report(
-    trainer: Trainer, writer: BackgroundWriter, folder: Path | None, report: BiasReport, actions: Sequence[str]
+    trainer: Trainer,
+    writer: BackgroundWriter,
+    folder: Path | None,
+    report: BiasReport,
+    actions: Sequence[str],
+    monitored: Mapping[str, float],
 ) -> None:
-    """Write everything, where there is a logger. Call it on rank zero."""
+    """Write everything, where there is a logger. Call it on rank zero.
+
+    Args:
+        trainer: Knows the loggers.
+        writer: Draws in the background; what failed there is left out.
+        folder: Folder of the run.
+        report: What was found.
+        actions: What was done about it.
+        monitored: Tag and value of what models are selected by.
+    """
     if not can_log(trainer):
         return
     draw = partial(
@@ -32,7 +46,8 @@ def log_report(
         title=f"predictions, epoch {report.epoch}",
         group_names=report.group_names if report.has_groups else None,
     )
-    log_point(trainer, writer, folder, {"bias/confusion": writer.submit(draw)}, dict(_scalars(report)))
+    scalars = with_epoch(trainer, {**monitored, **dict(_scalars(report))})
+    log_point(trainer, writer, folder, {"bias/confusion": writer.submit(draw)}, scalars)
     text = report.summary()
     if actions:
         text = "\n".join([text, "", "**Fed back**", "", *(f"- {action}" for action in actions)])

@@ -10,15 +10,21 @@ from torch import Tensor
 from torch import distributed as dist
 
 from attn_callbacks.callbacks._host import to_host
-from attn_callbacks.metrics.importance import HeadImportance, HeadImportanceResult, importance_result
+from attn_callbacks.metrics.importance import MOMENTS, HeadImportance, HeadImportanceResult, importance_result
 
 __all__ = ["GateSums"]
 
 
 class GateSums:
-    """Add up the gate gradients of layers as they come, and conclude now and then."""
+    """Add up the gate gradients of layers as they come, and conclude now and then.
 
-    def __init__(self) -> None:
+    Args:
+        processes: How many processes the run has.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        # a run on one device may live in a process group of somebody else, who would not answer
+        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
         self._layers: dict[str, HeadImportance] = {}
 
     def see(self, layer: str, heads: int, device: torch.device) -> None:
@@ -41,27 +47,31 @@ class GateSums:
             failed: This process could not take in all that arrived.
 
         Returns:
-            The same on all processes, on the CPU; ``None`` if one of them failed or none had anything to look at.
+            The same on all processes, on the CPU; ``None`` if none had anything to look at.
+
+        Raises:
+            RuntimeError: On all processes, if one of them failed: the others would go on listening for nothing.
         """
         own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
         for metric in self._layers.values():
             metric.reset()
-        shares = _from_all_processes((looked, failed, dict(zip(self._layers, own, strict=True))))
+        shares = self._from_all_processes((looked, failed, dict(zip(self._layers, own, strict=True))))
+        if any(failed for _, failed, _ in shares):
+            raise RuntimeError("A process could not take in all of its gradients.")
         layers = dict.fromkeys(layer for *_, held in shares for layer in held)
-        if any(failed for _, failed, _ in shares) or not any(looked for looked, *_ in shares) or not layers:
+        if not any(looked for looked, *_ in shares) or not layers:
             return None
         heads = max(len(moments) for *_, held in shares for moments in held.values())
-        total = torch.zeros(len(layers), heads, 3, dtype=torch.float64)
+        total = torch.zeros(len(layers), heads, MOMENTS, dtype=torch.float64)
         for row, layer in zip(total, layers, strict=True):
             for *_, held in shares:
                 if layer in held:
                     row += F.pad(held[layer], (0, 0, 0, heads - len(held[layer])))
         return tuple(layers), importance_result(total)
 
-
-def _from_all_processes(share: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [share]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
-    return shares
+    def _from_all_processes(self, share: Any) -> list[Any]:
+        if not self._is_distributed:
+            return [share]
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, share)
+        return shares

@@ -27,6 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = ["GateGradients"]
 
+_NONE = (
+    "No gradient of the loss reached the output of attention in {}: its importance is NaN. Layers without anything "
+    "learned in or below them have none, nor has reentrant activation checkpointing (pass `use_reentrant=False`) or "
+    "output that is changed in place."
+)
+_NOT_FINITE = (
+    "The gradients that reached the output of attention in {} were not finite: its importance is NaN. A gradient "
+    "scaler skips such steps and lowers its scale; without one, look for what overflows or divides by zero."
+)
+
 
 class GateGradients:
     """Listen to the backward of every n-th training step and average the size of each head's gate gradient.
@@ -64,27 +74,29 @@ class GateGradients:
         self._every_n_steps = at_least("every_n_steps", every_n_steps, 1)
         self._trainer, self._module, self._schema, self._guard = trainer, module, schema, guard
         self._recorder = QuietRecorder(module, layers, self._receive, guard)
-        self._sums = GateSums()
+        self._sums = GateSums(trainer.world_size)
         self._steps = 0
-        self._looked = self._told = False
+        self._looked = False
+        self._told: set[str] = set()
         self._step: _Step | None = None
         self.layer_names: tuple[str, ...] = ()
 
     def result(self) -> HeadImportanceResult | None:
         """Return importance since the last call, over all processes; each of them must call it.
 
-        Its rows are :attr:`layer_names`, the same on every process. ``None`` if no step was listened to since then. NaN
-        for layers that no gradient reached, told once.
+        Its rows are :attr:`layer_names`, the same on every process. ``None`` if no step was listened to since then,
+        or if a process failed. NaN for layers that no gradient reached, told once.
         """
         with self._guard.block():
             self._conclude()
         looked, self._looked = self._looked, False
-        found = self._sums.conclude(self._trainer.strategy.root_device, looked=looked, failed=self._guard.off)
-        if found is None:
-            return None
-        self.layer_names, result = found
-        self._tell_missing(result)
-        return result
+        with self._guard.block():
+            found = self._sums.conclude(self._trainer.strategy.root_device, looked=looked, failed=self._guard.off)
+            if found is not None:
+                self.layer_names, result = found
+                self._tell_missing(result)
+                return result
+        return None
 
     def _around(self, batch: Any) -> AbstractContextManager[Any]:
         if self._guard.off or (self._step is not None and self._step.running):  # a step inside a step is part of it
@@ -123,14 +135,15 @@ class GateGradients:
             self._sums.add(name, gates)
 
     def _tell_missing(self, result: HeadImportanceResult) -> None:
-        missing = [name for name, row in zip(self.layer_names, result.samples, strict=True) if not row.any()]
-        if missing and not self._told:
-            self._told = True
-            rank_zero_warn(
-                f"No gradient of the loss reached the output of attention in {', '.join(map(repr, missing))}: its "
-                "importance is NaN. Layers without anything learned in or below them have none, nor has reentrant "
-                "activation checkpointing (pass `use_reentrant=False`) or output that is changed in place."
-            )
+        rows = zip(self.layer_names, result.samples, result.left_out, strict=True)
+        missing = [(name, bool(left_out.any())) for name, samples, left_out in rows if not samples.any()]
+        self._tell("not finite", [name for name, was_dropped in missing if was_dropped], _NOT_FINITE)
+        self._tell("none", [name for name, was_dropped in missing if not was_dropped], _NONE)
+
+    def _tell(self, reason: str, layers: list[str], text: str) -> None:
+        if layers and reason not in self._told:
+            self._told.add(reason)
+            rank_zero_warn(text.format(", ".join(map(repr, layers))))
 
 
 class _Step:

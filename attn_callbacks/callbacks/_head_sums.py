@@ -21,9 +21,14 @@ class HeadSums:
     The first conclusion of a run agrees on layers and sizes between processes. From then on a conclusion is one
     collective, in which each process also says whether it saw a layer or head that is new, so that all of them agree
     anew, or none. A process whose share of the data was empty takes part like any other.
+
+    Args:
+        processes: How many processes the run has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        # a run on one device may live in a process group of somebody else, who would not answer
+        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
         self._layers: dict[str, int] = {}
         self._metric: HeadStatisticsMetric | None = None
         self._agreed: tuple[int, int] | None = None  # numbers of layers and heads
@@ -50,7 +55,7 @@ class HeadSums:
         Raises:
             RuntimeError: On all processes, if one of them failed: half a result would be taken for a whole one.
         """
-        if not _is_distributed():
+        if not self._is_distributed:
             self._agreed = self._size()
         elif self._agreed is None:
             self._agree(device)
@@ -73,7 +78,7 @@ class HeadSums:
         if is_new:  # nobody reads the sum of this round: it only has to be as long as the others expect
             metric = HeadStatisticsMetric(*self._agreed).to(device) if self._agreed and any(self._agreed) else None
         flags = torch.tensor([is_new, failed], dtype=torch.float64, device=device)
-        if not _is_distributed():
+        if not self._is_distributed:
             return (flags if metric is None else torch.cat([flags, metric.compute_packed().flatten()])).cpu()
         processes = dist.get_world_size()
         total = flags if metric is None else torch.cat([flags, metric.packed(dist.get_rank(), processes)])
@@ -85,7 +90,7 @@ class HeadSums:
     def _agree(self, device: torch.device) -> None:
         """Take over the layers of all processes, in the order of the processes, and the largest number of heads."""
         shares: list[Any] = [(list(self._layers), self._size()[1])]
-        if _is_distributed():
+        if self._is_distributed:
             shares = shares * dist.get_world_size()
             dist.all_gather_object(shares, shares[0])
         layers = dict.fromkeys(layer for names, _ in shares for layer in names)
@@ -108,7 +113,3 @@ class HeadSums:
                     for state in ("moments", "histogram", "highest"):
                         new.writable(state)[self._layers[name], : old.heads] = getattr(old, state)[number]
         self._metric = new
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

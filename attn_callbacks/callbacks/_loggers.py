@@ -15,7 +15,7 @@ from attn_callbacks.render import Picture
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-__all__ = ["can_log", "log_point", "log_text", "run_folder"]
+__all__ = ["can_log", "log_point", "log_text", "run_folder", "with_epoch"]
 
 Drawings = Mapping[str, "Future[Picture]"]
 Write = Callable[[dict[str, Picture]], None]
@@ -76,6 +76,11 @@ def log_point(
             later.append(partial(_write_files, folder, step))
     if later:
         writer.submit(partial(_write_all, later, pictures))
+
+
+def with_epoch(trainer: Trainer, scalars: Mapping[str, float]) -> dict[str, float]:
+    """Add the epoch to numbers, if there are any, as Lightning does to what it logs."""
+    return {**scalars, "epoch": float(trainer.current_epoch)} if scalars else {}
 
 
 def log_text(trainer: Trainer, tag: str, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TypeVar
 
 from attn_callbacks.callbacks._guard import Guard
@@ -19,11 +20,12 @@ Result = TypeVar("Result")
 
 
 class BackgroundWriter:
-    """Run jobs one after the other in a thread of their own; how many may wait, and what they hold, is bounded.
+    """Run jobs one after the other in a thread of their own; how many may wait, and what those hold, is bounded.
 
     The thread starts with the first job and ends in :meth:`close`, which waits for all of them. What goes wrong in a
     job is told by the thread that hands in the next one, or closes. A job gets copies (numpy arrays) and leaves torch
-    alone, whose modes and random generators belong to the thread that trains.
+    alone, whose modes and random generators belong to the thread that trains. What a job returned is not counted any
+    more: it lives as long as somebody keeps its future.
 
     Args:
         guard: Keeps in what goes wrong.
@@ -76,8 +78,9 @@ class BackgroundWriter:
 
     def _await_oldest(self) -> None:
         future, size = self._waiting[0]
-        with self._guard.block():
+        with suppress(Exception):  # told below, once the job is out of the queue: `close` would go round for ever
             future.exception()  # waits; an interrupt leaves the job in the queue
-            self._waiting.popleft()
-            self._held -= size
+        self._waiting.popleft()
+        self._held -= size
+        with self._guard.block():
             future.result()

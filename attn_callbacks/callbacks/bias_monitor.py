@@ -10,7 +10,7 @@ from attn_callbacks._checks import at_least, name_list
 from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.bias import BiasReport
-from attn_callbacks.callbacks._agreed import log_agreed
+from attn_callbacks.callbacks._agreed import log_agreed, log_monitored
 from attn_callbacks.callbacks._bias_log import log_report
 from attn_callbacks.callbacks._bias_sensor import BiasSensor
 from attn_callbacks.callbacks._guard import Guard, message
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["BiasMonitor"]
+
+_MONITORED = ("accuracy", "gap", "worst_class_recall", "worst_group_accuracy")
 
 
 class BiasMonitor(ValidationObserver):
@@ -141,6 +143,7 @@ class BiasMonitor(ValidationObserver):
             self.report, self.ledger, self._sensor = None, [], self._new_sensor()
             self._bind(module)
         self._writer = BackgroundWriter(Guard("The log of `BiasMonitor`"))  # feedback goes on without it
+        self._monitored = dict.fromkeys((f"bias/{name}" for name in _MONITORED), float("nan"))
         self._recorder = QuietRecorder(
             module, self.layers, self._sensor.measure, Guard("The attention mass of `BiasMonitor`")
         )
@@ -184,6 +187,7 @@ class BiasMonitor(ValidationObserver):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        report = None
         with self._guarded():
             report = self._sensor.report(
                 trainer.current_epoch, trainer.global_step, trainer.strategy, failed=self._guard.off
@@ -192,6 +196,8 @@ class BiasMonitor(ValidationObserver):
                 self._conclude(report, trainer, module)
             elif not self._guard.off:
                 rank_zero_warn("`BiasMonitor` concludes nothing: no validation batch was counted.")
+        is_unwritten = report is not None and (self._writer.off or not self._fitting)
+        log_monitored(trainer, module, self._monitored, logger=is_unwritten)
 
     def _conclude(self, report: BiasReport, trainer: Trainer, module: LightningModule) -> None:
         acting = self.feedback if self._fitting and not self._sensor.broken else ()
@@ -200,16 +206,15 @@ class BiasMonitor(ValidationObserver):
             actions = [f"Nothing: {self._sensor.broken} samples have logits that are not finite and were left out."]
         self.report = report
         self.ledger.append(_entry(report, actions))
-        for name, value in _monitored(report):
-            log_agreed(module, f"bias/{name}", value)
+        self._monitored = {f"bias/{name}": value for name, value in _monitored(report).items()}
         if trainer.is_global_zero and not self._writer.off:
-            log_report(trainer, self._writer, self._folder, report, actions)
+            log_report(trainer, self._writer, self._folder, report, actions, self._monitored)
 
     def _log_guidance(self, trainer: Trainer, module: LightningModule) -> None:
         for number, guided in enumerate(self._guided):
             mean = guided.mean(trainer.strategy)
             if mean is not None:
-                log_agreed(module, f"bias/guidance_{number}" if number else "bias/guidance", mean)
+                log_agreed(module, f"bias/guidance_{number}" if number else "bias/guidance", mean, logger=True)
 
 
 def _feedback_list(feedback: Sequence[Feedback]) -> tuple[Feedback, ...]:
@@ -232,16 +237,11 @@ def _misconfigured() -> Iterator[None]:
         raise MisconfigurationException(message(error)) from error
 
 
-def _monitored(report: BiasReport) -> list[tuple[str, float]]:
+def _monitored(report: BiasReport) -> dict[str, float]:
     """What a user selects models by; always the same names."""
-    values = [
-        ("accuracy", report.accuracy),
-        ("gap", report.gap),
-        ("worst_class_recall", report.worst_class_recall),
-    ]
-    return [*values, ("worst_group_accuracy", report.worst_group_accuracy)] if report.has_groups else values
+    names = _MONITORED if report.has_groups else _MONITORED[:-1]
+    return {name: float(getattr(report, name)) for name in names}
 
 
 def _entry(report: BiasReport, actions: Sequence[str]) -> dict[str, Any]:
-    values = {name: float(value) for name, value in _monitored(report)}
-    return {"epoch": report.epoch, "step": report.step, **values, "actions": list(actions)}
+    return {"epoch": report.epoch, "step": report.step, **_monitored(report), "actions": list(actions)}

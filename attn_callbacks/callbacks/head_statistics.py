@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import at_least, name_list
 from attn_callbacks.batch import BatchSchema
-from attn_callbacks.callbacks._agreed import log_agreed
+from attn_callbacks.callbacks._agreed import log_monitored
 from attn_callbacks.callbacks._gates import GateGradients
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._head_sums import HeadSums
@@ -26,7 +27,7 @@ from attn_callbacks.callbacks._head_table import (
     statistic_means,
 )
 from attn_callbacks.callbacks._layers import call_name, drawn_rows, known_tokens, samples_of
-from attn_callbacks.callbacks._loggers import log_point
+from attn_callbacks.callbacks._loggers import log_point, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._steps import tap_step
 from attn_callbacks.callbacks._watch import QuietRecorder
@@ -55,6 +56,8 @@ class HeadStatistics(ValidationObserver):
 
     Logs one layer x head picture a statistic (``heads/<statistic>``), the mean over heads of each layer
     (``heads/<statistic>/<layer>``) and over all (``heads/<statistic>_mean``, which ``ModelCheckpoint`` can monitor).
+    A validation that is not looked at gives monitors the last value again, or the worst one if none is known yet:
+    ``EarlyStopping`` wants a ``patience`` above ``every_n_epochs``.
     The table ``attention/head_statistics.csv`` in the run's folder has everything, medians as ``<statistic>_median``.
     Reads the first validation loader.
 
@@ -71,8 +74,10 @@ class HeadStatistics(ValidationObserver):
             rows: the entropies under a bias that is not one of the query plus one of the key (T5), and everything
             behind a FlexAttention ``score_mod``.
         importance_every_n_steps: Also measure how much the training loss hangs on each head (the size of the gradient
-            of a gate on it, averaged over samples), in the backward of every n-th training step, which then costs
-            about 3 % more. Logged as ``heads/importance`` with the statistics. ``None`` leaves training steps alone.
+            of a gate on it, averaged over samples), in the backward of every n-th training step; for what
+            that costs see ``docs/performance.md``. Logged as ``heads/importance`` with the statistics, for which one
+            more copy to the host, and with several processes one more exchange, is made after each validation; the
+            statistics alone take one. ``None`` leaves training steps alone.
 
     Raises:
         ValueError: If a number is below 1 or ``mode`` is another word.
@@ -113,16 +118,26 @@ class HeadStatistics(ValidationObserver):
         self._recorder: QuietRecorder | None = None
         self._gates: GateGradients | None = None
         self._sums = HeadSums()
+        self._monitored: dict[str, float] = {}
         self._valid: Tensor | None = None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Conclude and log, and give callbacks what they monitor, also where nothing was looked at."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        if self._removes and not trainer.sanity_checking:
+            log_monitored(trainer, pl_module, self._monitored, logger=not self._fitting)
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._generator = torch.Generator()
+        self._sums = HeadSums(trainer.world_size)
+        self._monitored = dict.fromkeys((f"heads/{name}_mean" for name in STATISTICS), np.nan)
         every = self.importance_every_n_steps
         if every is not None and self._fitting:
             guard = Guard("The importance of `HeadStatistics`")  # its own: the statistics go on without it
             self._gates = GateGradients(trainer, module, self.layers, every, self.schema, guard)
             self._removes.append(tap_step(module, "training_step", self._gates.tap))
+            self._monitored["heads/importance_mean"] = np.nan
 
     def _detach(self) -> None:
         super()._detach()
@@ -144,45 +159,54 @@ class HeadStatistics(ValidationObserver):
         self._sums.add(call_name(call), *samples_of(statistics, call.query_valid.sum(dim=-1), self._samples))
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        found = None
+        result, importance = None, self._gates.result() if self._gates is not None else None
         with self._guarded():
             found = self._sums.conclude(trainer.strategy.root_device, failed=self._guard.off)
-        importance = self._gates.result() if self._gates is not None else None
-        if found is None:
-            return
-        self.layer_names, self.result = found
-        for name, value in statistic_means(self.result.mean.flatten(0, 1)).items():
-            log_agreed(module, f"heads/{name}_mean", value)
+            if found is not None:
+                self.layer_names, self.result = found
+                result = self.result
         if importance is not None and self._gates is not None:
             self.importance, self.importance_layer_names = importance, self._gates.layer_names
-            log_agreed(module, "heads/importance_mean", float(importance.mean.nanmean()))
+        means = _means(result, importance)
+        self._monitored |= means
         if trainer.is_global_zero:
             with self._guarded():
-                self._write(trainer, self.result, importance)
+                self._write(trainer, result, importance, means)
 
-    def _write(self, trainer: Trainer, result: HeadStatisticsResult, importance: HeadImportanceResult | None) -> None:
-        fields = [field.numpy() for field in (result.mean, result.standard_error, result.median)]
-        pictures = {
-            f"heads/{name}": self._drawn(values, name, self.layer_names)
-            for name, values in zip(STATISTICS, fields[0].transpose(2, 0, 1), strict=True)
-            if not np.isnan(values).all()
-        }
-        scalars = dict(layer_scalars(result, self.layer_names, self.per_head))
-        tables = [partial(append_table, fields=fields, labels=self.layer_names)]
+    def _write(
+        self,
+        trainer: Trainer,
+        result: HeadStatisticsResult | None,
+        importance: HeadImportanceResult | None,
+        scalars: dict[str, float],
+    ) -> None:
+        pictures: dict[str, Future[Picture]] = {}
+        tables: list[Callable[[Path, int, int], None]] = []
+        if result is not None:
+            fields = [field.numpy() for field in (result.mean, result.standard_error, result.median)]
+            for name, values in zip(STATISTICS, fields[0].transpose(2, 0, 1), strict=True):
+                if not np.isnan(values).all():
+                    pictures[f"heads/{name}"] = self._drawn(values, name, self.layer_names)
+            scalars = {**scalars, **dict(layer_scalars(result, self.layer_names, self.per_head))}
+            tables.append(partial(append_table, fields=fields, labels=self.layer_names))
         if importance is not None and not importance.mean.isnan().all():
             names, own = self.importance_layer_names, [importance.mean.numpy(), importance.standard_error.numpy()]
             pictures["heads/importance"] = self._drawn(own[0], "importance", names)
-            scalars |= dict(importance_scalars(importance.mean, names, self.per_head))
+            scalars = {**scalars, **dict(importance_scalars(importance.mean, names, self.per_head))}
             tables.append(partial(append_importance, fields=own, labels=names))
-        log_point(trainer, self._writer, self._folder, pictures, scalars)
+        log_point(trainer, self._writer, self._folder, pictures, with_epoch(trainer, scalars))
         if self._folder is not None:
-            path, epoch, step = (
-                self._folder / "attention" / "head_statistics.csv",
-                trainer.current_epoch,
-                trainer.global_step,
-            )
+            path = self._folder / "attention" / "head_statistics.csv"
             for append in tables:
-                self._writer.submit(partial(append, path, epoch, step))
+                self._writer.submit(partial(append, path, trainer.current_epoch, trainer.global_step))
 
     def _drawn(self, values: Array, name: str, labels: Sequence[str]) -> Future[Picture]:
         return self._writer.submit(partial(layer_head_grid, values, title=name, layer_labels=labels))
+
+
+def _means(result: HeadStatisticsResult | None, importance: HeadImportanceResult | None) -> dict[str, float]:
+    """Tag and value of what is monitored, as far as it is defined."""
+    means = {} if result is None else statistic_means(result.mean.flatten(0, 1))
+    if importance is not None and not importance.mean.isnan().all():
+        means["importance"] = float(importance.mean.nanmean())
+    return {f"heads/{name}_mean": value for name, value in means.items()}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from attn_callbacks.capture.answers import CallSummary, RowStatistic
 from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.exact.head_statistics import exact_head_statistics
 from attn_callbacks.capture.recorder import AttentionNotFoundError, AttentionRecorder, record
-from attn_callbacks.capture.row_statistic import RowStatistic
 from attn_callbacks.capture.sampled import sampled_head_statistics
 
 __all__ = [
     "AttentionCall",
     "AttentionNotFoundError",
     "AttentionRecorder",
+    "CallSummary",
     "RowStatistic",
     "exact_head_statistics",
     "record",

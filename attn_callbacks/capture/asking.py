@@ -2,74 +2,39 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from attn_callbacks.capture.exact import chosen, distribution, received
+from attn_callbacks.capture.answers import CallSummary, RowStatistic
+from attn_callbacks.capture.exact import chosen, distribution, one_pass, received
 from attn_callbacks.capture.exact.problem import Problem, cut, in_parts
 from attn_callbacks.capture.exact.reading import with_separated_bias
 from attn_callbacks.capture.plain import PlainRows
 from attn_callbacks.capture.pooling import pooled_weights, received_from_rows
-from attn_callbacks.capture.row_statistic import RowStatistic
+from attn_callbacks.capture.posed import Posed, parts_of
 from attn_callbacks.capture.rows import row_chunks
 from attn_callbacks.capture.scores import softmax_rows, wide
 from attn_callbacks.functional.rows import stratified_rows
 
-__all__ = ["AskedCall"]
+__all__ = ["Asking"]
 
+_OF_PLAIN = (PlainRows.entropy, PlainRows.confidence, PlainRows.max_logit, PlainRows.logsumexp)
 _ROWS = 64  # of the sample that stands in where no identity holds
 
 
-class AskedCall(ABC):
+class Asking(Posed):
     """The part of a call that finds who answers."""
 
-    is_cross: bool
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int, int, int]:
-        """``(batch, heads, queries, keys)``."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-
-    @property
-    @abstractmethod
-    def query_valid(self) -> Tensor:
-        """``(batch, queries)``."""
-
-    @property
-    @abstractmethod
-    def key_valid(self) -> Tensor:
-        """``(batch, keys)``."""
-
-    @abstractmethod
-    def allowed(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Where a query may attend."""
-
-    @abstractmethod
-    def logits(self, rows: Tensor | Sequence[int] | None = None) -> Tensor | None:
-        """Scores of some rows."""
-
-    @abstractmethod
-    def weights(self, rows: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Weights of some rows."""
-
-    @abstractmethod
-    def _problem(self, keeps_half: bool) -> Problem | None:
-        """What a kernel can compute, and whether it may do so in half precision."""
-
-    @property
-    @abstractmethod
-    def _has_matrix(self) -> bool:
-        """The model made the whole matrix itself."""
+    def _known_mean(self, mean: RowStatistic | None) -> tuple[Tensor, ...]:
+        """Use a mean position that was asked for before, unless it is a sample's or lacks the graph of this call."""
+        lacks_graph = (
+            torch.is_grad_enabled() and self.requires_grad and mean is not None and not mean.values.requires_grad
+        )
+        return () if mean is None or not mean.is_exact or lacks_graph else (mean.values,)
 
     def _ask(
         self,
@@ -90,20 +55,15 @@ class AskedCall(ABC):
                 return _zeroed(exact(part, *own), own_counted)
 
             width = sum(own.shape[-1] for own in features)
-            return _answer(_parts(problem, zeroed, counted, *features, width=width), counted)
+            return _answer(parts_of(problem, zeroed, counted, *features, width=width), counted)
 
     def _ask_expectation(self, features: Tensor) -> RowStatistic:
-        return self._ask(
-            distribution.expectation,
-            lambda rows, own: rows.expectation(own),
-            features,
-            uses_logsumexp=False,
-            keeps_half=True,
-        )
+        plain = PlainRows.expectation
+        return self._ask(distribution.expectation, plain, features, uses_logsumexp=False, keeps_half=True)
 
     def _ask_entropy(self, features: Tensor) -> tuple[RowStatistic, RowStatistic]:
         with _undisturbed(self.device):
-            problem = self._problem(keeps_half=True)
+            problem = self._read(keeps_half=True)
             whole = None if problem is None else with_separated_bias(problem)
             if whole is None:
                 entropy = self._ask_rows(lambda rows: rows.entropy())
@@ -118,8 +78,27 @@ class AskedCall(ABC):
 
             width = whole.query.shape[-1] + features.shape[-1]
             entropies, expected, logsumexp = in_parts(whole, width, compute)
-            self._logsumexps()[whole.query.dtype] = logsumexp
+            self._known()[whole.query.dtype] = logsumexp
             return _answer(entropies, counted), _answer(expected, counted)
+
+    def _ask_all(self, features: Tensor) -> CallSummary:
+        with _undisturbed(self.device):
+            problem = self._posed(uses_logsumexp=False)
+            if problem is None:
+                entropy, confidence, top, lse = (self._ask_rows(ask) for ask in _OF_PLAIN)
+                expected = self._ask_rows(lambda rows: rows.expectation(features))
+                return CallSummary(entropy, confidence, top, lse, expected, self._received())
+            counted = self._counted(problem)
+
+            def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor, ...]:
+                own = cut(counted, batch, heads)
+                *found, mean, mass = one_pass.survey(part, cut(features, batch, heads), own)
+                return *found, _zeroed(mean, own), mass
+
+            *found, mean, mass = in_parts(problem, features.shape[-1], compute)
+            self._known()[problem.query.dtype] = found[-1]
+            entropy, confidence, top, lse = (_answer(_zeroed(values, counted), counted) for values in found)
+            return CallSummary(entropy, confidence, top, lse, _answer(mean, counted), wide(mass))
 
     def _ask_keys(self, keys: Tensor, exists: Tensor) -> RowStatistic:
         """Ask for the weight of every query on ``keys (batch | 1, queries | 1, n)``, as far as they exist."""
@@ -137,7 +116,7 @@ class AskedCall(ABC):
             return _answer(_zeroed(values, counted), counted)
 
     def _choices(self) -> Tensor:
-        problem = self._problem(keeps_half=True)
+        problem = self._read(keeps_half=True)
         if problem is None:
             known = self.key_valid[:, None, None]
             chunks = row_chunks(self.shape, self.device)
@@ -152,7 +131,7 @@ class AskedCall(ABC):
             problem = self._posed(uses_logsumexp=True)
             if problem is None:
                 return received_from_rows(self.weights, self.query_valid, self.shape)
-            return wide(_parts(problem, received.received_mass, self._counted(problem)))
+            return wide(parts_of(problem, received.received_mass, self._counted(problem)))
 
     def _pooled(self, parts: tuple[int, int]) -> Tensor:
         with _undisturbed(self.device):
@@ -163,7 +142,7 @@ class AskedCall(ABC):
             def pooled(part: Problem, counted: Tensor) -> Tensor:
                 return received.bucketed_weights(part, counted, parts)
 
-            return wide(_parts(problem, pooled, self._counted(problem), width=parts[1]))
+            return wide(parts_of(problem, pooled, self._counted(problem), width=parts[1]))
 
     def _ask_rows(
         self, plain: Callable[[PlainRows], Tensor], counts: Callable[[PlainRows], Tensor] | None = None
@@ -188,34 +167,6 @@ class AskedCall(ABC):
         logits = self.logits(rows)
         weights = self.weights(rows) if logits is None else softmax_rows(logits)
         return PlainRows(weights, logits, self.allowed(rows), rows)
-
-    def _posed(self, uses_logsumexp: bool, keeps_half: bool = False) -> Problem | None:
-        """Return what a kernel has to compute, with the log-sum-exp that several statistics are made of."""
-        problem = self._problem(keeps_half)
-        if problem is None or distribution.is_live(problem):
-            return problem
-        known, dtype = self._logsumexps(), problem.query.dtype
-        if uses_logsumexp and dtype not in known:
-            known[dtype] = _parts(problem, distribution.logsumexp)
-        return replace(problem, known_logsumexp=known.get(dtype))
-
-    def _logsumexps(self) -> dict[torch.dtype, Tensor]:
-        """What is known of the log-sum-exp: a frozen call always answers the same."""
-        found: dict[torch.dtype, Tensor] = vars(self).setdefault("_known_logsumexps", {})
-        return found
-
-    def _counted(self, problem: Problem) -> Tensor:
-        """Valid queries with a key to attend to, ``(batch, heads | 1, queries)``."""
-        return self.query_valid[:, None] & (problem.choices() > 0)
-
-
-def _parts(problem: Problem, exact: Callable[..., Tensor], *tensors: Tensor, width: int = 0) -> Tensor:
-    """Compute for some samples and heads at a time; ``tensors (batch | 1, heads | 1, ...)`` are cut alike."""
-
-    def compute(part: Problem, batch: slice, heads: slice) -> tuple[Tensor]:
-        return (exact(part, *(cut(tensor, batch, heads) for tensor in tensors)),)
-
-    return in_parts(problem, width, compute)[0]
 
 
 @contextmanager

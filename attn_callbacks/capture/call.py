@@ -19,6 +19,8 @@ from attn_callbacks.capture.statistics import CallStatistics
 
 __all__ = ["AttentionCall"]
 
+_LONG = 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall(CallStatistics):
@@ -129,14 +131,8 @@ class AttentionCall(CallStatistics):
     @property
     def key_valid(self) -> Tensor:
         """``(batch, keys)``: ``True`` where some query may attend to the key."""
-        if self.given_key_valid is not None:
-            return self.given_key_valid
-        batch, _, queries, keys = self.shape
-        # a mask function has no tensor yet: build its answers for some rows at a time
-        chunks = row_chunks(self.shape, self.device) if self.mask_mod is not None else [None]
-        seen = [self._unmasked(rows).any(dim=-2).any(dim=1) for rows in chunks]
-        valid = torch.stack(seen).any(dim=0).expand(batch, keys)
-        return valid & (torch.arange(keys, device=self.device) < queries) if self.is_causal else valid
+        given = self.given_key_valid
+        return cast(Tensor, self._remembered("key_valid", self._seen_keys)) if given is None else given
 
     def with_valid(self, queries: Tensor | None = None, keys: Tensor | None = None) -> AttentionCall:
         """Return this call with known validity of its tokens.
@@ -215,8 +211,8 @@ class AttentionCall(CallStatistics):
 
     @property
     def _has_matrix(self) -> bool:
-        learned = self.mask is not None and self.mask.requires_grad and torch.is_grad_enabled()
-        return self.query is None or learned  # for a learned bias the model took the kernel that builds the matrix
+        # for a learned bias the model took the kernel that builds the matrix
+        return self.query is None or (self.mask is not None and self.mask.requires_grad and torch.is_grad_enabled())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
@@ -224,6 +220,15 @@ class AttentionCall(CallStatistics):
     @property
     def _source(self) -> Tensor:
         return next(tensor for tensor in (self.query, self.scores, self.recorded) if tensor is not None)
+
+    def _seen_keys(self) -> Tensor:
+        batch, _, queries, keys = self.shape
+        # a mask function has no tensor yet, and of a long mask no second one is made
+        in_chunks = self.mask_mod is not None or queries * keys > _LONG
+        rows = row_chunks(self.shape, self.device) if in_chunks else [None]
+        seen = [self._unmasked(own).any(dim=-2).any(dim=1) for own in rows]
+        valid = torch.stack(seen).any(dim=0).expand(batch, keys)
+        return valid & (torch.arange(keys, device=self.device) < queries) if self.is_causal else valid
 
     def _bias(self, rows: Tensor | None) -> Tensor | None:
         """What is added to the scores: the additive mask, and ``-inf`` where a query may not attend."""

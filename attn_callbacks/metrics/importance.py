@@ -10,7 +10,10 @@ from torch import Tensor
 from attn_callbacks._checks import at_least, check_axes
 from attn_callbacks.metrics.accumulator import Accumulator
 
-__all__ = ["HeadImportance", "HeadImportanceResult", "importance_result"]
+__all__ = ["MOMENTS", "HeadImportance", "HeadImportanceResult", "importance_result"]
+
+MOMENTS = 4
+"""Sums of each head over examples: those counted, ``|g|``, ``g ** 2``, and those left out."""
 
 
 class HeadImportanceResult(NamedTuple):
@@ -20,11 +23,13 @@ class HeadImportanceResult(NamedTuple):
         mean: Mean over examples of the size of the gate gradient, NaN without an example. float64.
         standard_error: Standard error of ``mean``, NaN below two examples. float64.
         samples: Number of examples. int64.
+        left_out: Number of examples left out because their gradient is not finite. int64.
     """
 
     mean: Tensor
     standard_error: Tensor
     samples: Tensor
+    left_out: Tensor
 
 
 class HeadImportance(Accumulator):
@@ -57,7 +62,7 @@ class HeadImportance(Accumulator):
     def __init__(self, layers: int, heads: int) -> None:
         super().__init__()
         self.layers, self.heads = at_least("layers", layers, 1), at_least("heads", heads, 1)
-        self.add_zeros("moments", layers, heads, 3)  # sums over examples of 1, |g|, g^2
+        self.add_zeros("moments", layers, heads, MOMENTS)
 
     def update(self, layer: int, gradients: Tensor) -> None:
         """Add one batch of one layer.
@@ -65,7 +70,7 @@ class HeadImportance(Accumulator):
         Args:
             layer: Index of the layer.
             gradients: `gate_gradient` of each example, ``(batch, heads)``, for a loss that is the sum over examples.
-                What is not finite, as after an overflow in half precision, is left out.
+                What is not finite, as after an overflow in half precision, is left out and counted apart.
         """
         if not 0 <= layer < self.layers:
             raise ValueError(f"`layer` must lie between 0 and {self.layers - 1}, got {layer}.")
@@ -76,11 +81,11 @@ class HeadImportance(Accumulator):
         values = gradients.detach().double()
         counted = values.isfinite()
         sizes = values.abs().where(counted, 0.0)
-        sums = torch.stack([counted.double(), sizes, sizes**2], dim=-1).sum(dim=0)  # (heads, 3)
+        sums = torch.stack([counted.double(), sizes, sizes**2, (~counted).double()], dim=-1).sum(dim=0)  # (heads, 4)
         self.writable("moments")[layer, :heads] += sums
 
     def compute(self) -> HeadImportanceResult:
-        """Return mean, standard error and number of examples of every layer and head."""
+        """Return mean, standard error and numbers of examples of every layer and head."""
         return importance_result(self.moments)
 
 
@@ -88,12 +93,13 @@ def importance_result(moments: Tensor) -> HeadImportanceResult:
     """Conclude from the state of one `HeadImportance`, or from the sum of several.
 
     Args:
-        moments: Sums over examples of 1, ``|g|`` and ``g ** 2``.
+        moments: The `MOMENTS`.
 
     Shape:
-        - moments: ``(layers, heads, 3)``, float64
+        - moments: ``(layers, heads, 4)``, float64
     """
-    count, first, second = moments.unbind(dim=-1)
+    count, first, second, left_out = moments.unbind(dim=-1)
     mean = first / count  # 0 / 0 is NaN: no example
     variance = (second / count - mean**2).clamp_min(0.0) / (count - 1).clamp_min(1.0)
-    return HeadImportanceResult(mean, variance.sqrt().masked_fill(count < 2, torch.nan), count.long())
+    error = variance.sqrt().masked_fill(count < 2, torch.nan)
+    return HeadImportanceResult(mean, error, count.long(), left_out.long())

@@ -39,6 +39,7 @@ def rows(text):
 
 
 def test_every_goal_has_a_row_in_order(tmp_path):
+    write(tmp_path, "recompiles")
     numbers = [row[0] for row in rows(page.table(tmp_path))]
     assert sorted(set(numbers), key=lambda number: int(number[1:])) == [f"G{number}" for number in range(1, 21)]
     assert numbers == sorted(numbers, key=lambda number: int(number[1:]))
@@ -94,6 +95,20 @@ def test_only_what_is_between_the_markers_changes(tmp_path):
 def test_a_folder_is_asked_for(tmp_path, capsys):
     assert page.main([]) == page.main([str(tmp_path / "none")]) == 2
     assert "Give the folder" in capsys.readouterr().err
+
+
+def test_a_folder_without_results_leaves_the_page_alone(tmp_path, capsys):
+    path = tmp_path / "page.md"
+    path.write_text(f"{page.BEGIN}\nold\n{page.END}\n")
+    assert page.main([str(tmp_path), str(path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
+    assert path.read_text() == f"{page.BEGIN}\nold\n{page.END}\n"
+
+
+def test_a_page_that_is_not_there_is_named(tmp_path, capsys):
+    write(tmp_path, "recompiles", G19=(0.0, 0.0, 0.0))
+    assert page.main([str(tmp_path), str(tmp_path / "none.md")]) == 2
+    assert "There is no page" in capsys.readouterr().err
 
 
 def test_the_published_page_has_all_goals_and_tables():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.paired import Interval, compare, median_interval, take_turns
+from benchmarks.paired import Interval, median_interval, take_turns
 from benchmarks.table import Block, Goal
 
 
@@ -84,8 +84,8 @@ def test_the_interval_holds_the_median_and_shrinks_with_more_pairs():
     assert 0.88 < np.mean([interval.low <= 3.0 <= interval.high for interval in held]) <= 1.0
 
 
-def test_compare_relates_all_arms_to_the_first():
-    results = compare({"one": lambda: None, "same": lambda: None}, pairs=3, warm_up=0)
+def test_a_table_relates_all_arms_to_the_first():
+    results = take_turns({"one": lambda: None, "same": lambda: None}, pairs=3, warm_up=0).table()
     assert list(results) == ["one", "same"]
     assert results["one"].ratio == results["one"].low == results["one"].high == 1.0
 

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks import runner
 from benchmarks.memory_arm import measured
+from benchmarks.paired import Interval
 from benchmarks.resident import Memory, resident_growth
-from benchmarks.table import Block, Setting, Table
+from benchmarks.table import Block, Goal, Setting, Table
 
 ARM = {
     "seconds",
@@ -65,6 +66,7 @@ def test_table_runs_and_writes_what_the_page_reads(name, tmp_path, capsys, monke
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["goals"] == result["goals"]
     assert list(summary["tables"]) == [name]
+    assert summary["tables"][name]["machine"] == result["machine"]
 
 
 def test_a_table_that_fails_does_not_lose_the_others(tmp_path, monkeypatch, capsys):
@@ -92,6 +94,47 @@ def test_unknown_names_are_refused_before_anything_runs(tmp_path, capsys):
     assert runner.main(["captures", "--out", str(tmp_path)]) == 2
     assert "No table is named 'captures'. Known: attention_call," in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_table_joins_those_that_were_measured_before(tmp_path, monkeypatch):
+    def run(setting: Setting):
+        yield Block("only", "a block", values={"value": Interval.exact(setting.pick(1.0, 0.5))})
+
+    goals = {name: Goal(name, "q", 1.0, None, "", "", "only", "value") for name in ("memory", "capture", "losses")}
+    monkeypatch.setattr(runner, "load", lambda name: Table(name, name, (goals[name],), run))
+    for name in ("capture", "losses", "memory", "capture"):
+        assert runner.main([name, "--quick", "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["tables"]) == [goal["number"] for goal in summary["goals"]] == ["memory", "capture", "losses"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer"),
+    [
+        (["--device", "foo"], "`--device` must be cpu or cuda, got 'foo'."),
+        (["--device", "meta"], "`--device` must be cpu or cuda, got 'meta'."),
+        (["--device", "cuda:99"], "`--device cuda:99` needs a GPU that torch can use, and it finds"),
+        (["--threads", "0"], "`--threads` must be at least 1, got 0."),
+    ],
+)
+def test_what_would_stop_a_run_is_said_before_anything_runs(wrong, answer, tmp_path, capsys):
+    assert runner.main(["recompiles", "--quick", "--out", str(tmp_path / "new"), *wrong]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(answer)
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_file_in_the_place_of_the_folder_is_refused_before_anything_runs(below, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert runner.main(["recompiles", "--quick", "--out", str(file / below)]) == 2
+    output = capsys.readouterr()
+    assert "cannot be a folder" in output.err
+    assert output.out == ""
+    assert file.read_text() == "mine"
 
 
 def test_resident_growth_sees_memory_that_is_touched():

@@ -13,6 +13,7 @@ import pytest
 from attn_callbacks import HeadStatistics
 from attn_callbacks.callbacks._writer import THREAD_NAME
 from attn_callbacks.functional import STATISTICS
+from tests.callbacks.board import events
 from tests.callbacks.models import (
     REGISTRY,
     Classifier,
@@ -23,7 +24,6 @@ from tests.callbacks.models import (
     quiet_trainer,
 )
 from tests.callbacks.test_all import Failing
-from tests.callbacks.test_loggers import events
 from tests.callbacks.test_writer import writer_threads
 
 each = pytest.mark.parametrize("name", sorted(REGISTRY))

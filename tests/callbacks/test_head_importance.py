@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from attn_callbacks import HeadStatistics
+from tests.callbacks.board import events, raw_events
 from tests.callbacks.gating import Importance, Still, data, explicit, train
-from tests.callbacks.models import HEADS, LAYERS, Classifier, csv_logger, fit, quiet_trainer
-from tests.callbacks.test_loggers import board_logger, events, raw_events
+from tests.callbacks.models import HEADS, LAYERS, Classifier, board_logger, csv_logger, fit, quiet_trainer
 
 NAMES = tuple(f"net.layers.{layer}" for layer in range(LAYERS))
 

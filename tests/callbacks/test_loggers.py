@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import threading
 from pathlib import Path
@@ -22,122 +21,15 @@ from tests.callbacks.models import (
     Vit,
     board_logger,
     csv_logger,
-    feeding_monitor,
     fit,
     pair_loader,
     pl,
     quiet_trainer,
+    watchers,
 )
 
 NAMES = [f"net.encoder.layers.{layer}.self_attn" for layer in range(LAYERS)]
 EPOCHS, STEPS = 2, 4  # optimiser steps an epoch
-
-
-def events(folder: Path) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0, "tensors": 0})
-    return accumulator.Reload()
-
-
-def watchers() -> list[Any]:
-    return [AttentionHeatmaps(samples=2), HeadStatistics(per_head=True), feeding_monitor(classes=("bad", "good"))]
-
-
-@pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("board")
-    fit(Classifier(), quiet_trainer(folder, watchers(), logger=board_logger(folder), max_epochs=EPOCHS))
-    return events(folder / "board")
-
-
-def test_tensorboard_tags(board: Any) -> None:
-    tags = board.Tags()
-    drawn = {f"attention/sample_{sample}/{name}" for sample in range(2) for name in NAMES}
-    assert set(tags["images"]) == drawn | {f"heads/{name}" for name in STATISTICS} | {"bias/confusion"}
-    scalars = set(tags["scalars"])
-    assert {f"heads/{name}_mean" for name in STATISTICS} <= scalars
-    assert {f"heads/entropy/{name}" for name in NAMES} <= scalars
-    assert f"heads/entropy/{NAMES[0]}/head_1" in scalars
-    monitored = {"bias/accuracy", "bias/gap", "bias/worst_class_recall", "bias/worst_group_accuracy", "bias/guidance"}
-    assert monitored | {"bias/recall/bad", "bias/relevance_mass/good"} <= scalars
-    assert tags["tensors"] == ["bias/summary/text_summary"]
-
-
-def test_tensorboard_has_one_event_a_validation_at_the_optimiser_steps(board: Any) -> None:
-    tags = board.Tags()
-    for tag in tags["images"]:
-        assert [event.step for event in board.Images(tag)] == [STEPS, 2 * STEPS], tag
-    for tag in (f"heads/entropy/{NAMES[0]}", "bias/recall/bad"):
-        assert [event.step for event in board.Scalars(tag)] == [STEPS, 2 * STEPS]
-    texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("bias/summary/text_summary")]
-    assert [f"epoch {epoch}" in text for epoch, text in enumerate(texts)] == [True, True]
-
-
-def raw_events(folder: Path) -> list[list[str]]:
-    """Tags of each event that holds a summary, in the order of the file."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    found = [event for path in sorted(folder.glob("events*")) for event in EventFileLoader(str(path)).Load()]
-    return [[value.tag for value in event.summary.value] for event in found if event.HasField("summary")]
-
-
-def test_a_validation_is_one_event_of_tensorboard(tmp_path: Path) -> None:
-    trainer = quiet_trainer(tmp_path, [HeadStatistics(per_head=True)], logger=board_logger(tmp_path), max_epochs=EPOCHS)
-    fit(Classifier(), trainer)
-    monitored = {f"heads/{name}_mean" for name in STATISTICS}  # Lightning's own, on the axis that it chose for them
-    found = raw_events(tmp_path / "board")
-    ours = [tags for tags in found if tags[0].startswith("heads/") and tags[0] not in monitored]
-    assert len(ours) == EPOCHS
-    layers = {f"heads/{name}/{layer}" for name in STATISTICS for layer in NAMES}
-    heads = {f"{tag}/head_{head}" for tag in layers for head in range(2)}
-    assert set(ours[0]) == layers | heads | {f"heads/{name}" for name in STATISTICS}
-    assert ours[0] == ours[1]
-    assert len(ours[0]) == len(set(ours[0]))
-
-
-def test_events_say_what_the_table_says(tmp_path: Path) -> None:
-    statistics = HeadStatistics(per_head=True)
-    fit(Classifier(), quiet_trainer(tmp_path, [statistics], logger=board_logger(tmp_path)))
-    board = events(tmp_path / "board")
-    for layer, name in enumerate(NAMES):
-        for index, statistic in enumerate(STATISTICS):
-            values = statistics.result.mean[layer, :, index]
-            for head, value in enumerate(values):
-                (event,) = board.Scalars(f"heads/{statistic}/{name}/head_{head}")
-                assert event.value == pytest.approx(value.item(), rel=1e-6)
-            (event,) = board.Scalars(f"heads/{statistic}/{name}")
-            assert event.value == pytest.approx(values.mean().item(), rel=1e-6)
-
-
-def test_a_logger_with_a_way_of_its_own_is_asked_to_log(tmp_path: Path) -> None:
-    seen: list[tuple[set[str], int]] = []
-
-    class Filtering(pl.loggers.TensorBoardLogger):
-        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-            seen.append((set(metrics), step))
-            super().log_metrics(metrics, step)
-
-    loggers = [
-        Filtering(str(tmp_path), name="", version="own"),
-        pl.loggers.TensorBoardLogger(str(tmp_path), name="", version="prefixed", prefix="ours"),
-    ]
-    fit(Classifier(), quiet_trainer(tmp_path, [HeadStatistics()], logger=loggers))
-    layers = {f"heads/{name}/{layer}" for name in STATISTICS for layer in NAMES}
-    assert (layers, STEPS) in seen
-    own, prefixed = (events(tmp_path / version).Tags() for version in ("own", "prefixed"))
-    assert layers <= set(own["scalars"])
-    assert {f"ours-{tag}" for tag in layers} <= set(prefixed["scalars"])
-    for tags in (own, prefixed):
-        assert set(tags["images"]) == {f"heads/{name}" for name in STATISTICS}
-
-
-def test_tensorboard_pictures_decode(board: Any) -> None:
-    for tag in board.Tags()["images"]:
-        event = board.Images(tag)[-1]
-        picture = Image.open(io.BytesIO(event.encoded_image_string))
-        assert picture.size == (event.width, event.height)
-        assert len(np.unique(np.asarray(picture.convert("RGB")))) > 8
 
 
 def test_csv_logger_gets_pictures_as_files_and_the_table(tmp_path: Path) -> None:

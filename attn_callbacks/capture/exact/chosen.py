@@ -45,7 +45,7 @@ def _weights(problem: Problem, keys: Tensor, allowed: Tensor, lse: Tensor) -> Te
         scores = scores + _taken(problem.key_bias.transpose(-2, -1), keys)[..., 0]
     if problem.pairs is not None:
         scores = scores + _taken_pairs(problem, problem.pairs, keys)
-    alive = allowed & (lse[..., None] > -torch.inf)
+    alive = allowed & (lse[..., None] != -torch.inf)
     shares = scores.where(alive, 0.0) - lse[..., None].where(alive, 0.0)
     weights: Tensor = shares.clamp(-80.0, 0.0).exp() * alive  # exp is slow where it underflows
     return weights

@@ -66,7 +66,7 @@ def entropy_and_expectation(problem: Problem, features: Tensor) -> tuple[Tensor,
     output = wide(output)  # products of half precision would lose what the kernel has kept
     score = own.scale * (wide(own.query).detach() * output[..., :width]).sum(dim=-1) + constant
     score = score + output[..., width:last].sum(dim=-1)
-    entropy = (lse - score).where(lse > -torch.inf, 0.0).clamp_min(0.0)
+    entropy = (lse - score).where(lse != -torch.inf, 0.0).clamp_min(0.0)
     return entropy, output[..., last:], lse
 
 
@@ -74,7 +74,7 @@ def renyi_entropy(problem: Problem, order: float) -> Tensor:
     r""":math:`\frac{1}{1 - a} \log \sum_j p_{ij}^a`, from the log-sum-exps at two scales."""
     lse = logsumexp(problem)
     value = (logsumexp(problem.scaled(order)) - order * lse) / (1.0 - order)
-    return value.where(lse > -torch.inf, 0.0)
+    return value.where(lse != -torch.inf, 0.0)
 
 
 def is_live(problem: Problem) -> bool:

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.capture.exact.distribution import logsumexp
-from attn_callbacks.capture.exact.problem import Problem
+from attn_callbacks.capture.exact.problem import Problem, cached_rows
 
 __all__ = ["confidence", "max_logit"]
-
-_CACHED = 2**18  # scores at a time, 1 MB: about what stays in a processor's cache
 
 
 def max_logit(problem: Problem) -> Tensor:
@@ -20,7 +18,7 @@ def max_logit(problem: Problem) -> Tensor:
     """
     key = problem.key.repeat_interleave(problem.query.shape[1] // problem.key.shape[1], dim=1).transpose(-2, -1)
     batch, heads, queries, _ = problem.query.shape
-    step = max(16, _CACHED // max(batch * heads * problem.lengths[1], 1))
+    step = cached_rows(batch * heads, problem.lengths[1])
     tops = [problem.query[:, :, :0, 0]]
     for start in range(0, queries, step):
         stop = min(start + step, queries)
@@ -34,5 +32,5 @@ def max_logit(problem: Problem) -> Tensor:
 def confidence(problem: Problem) -> Tensor:
     """Largest weight, ``(batch, heads, queries)``; zero for a row without keys."""
     top = max_logit(problem)
-    alive = top > -torch.inf
+    alive = top != -torch.inf
     return (top.where(alive, 0.0) - logsumexp(problem).where(alive, 0.0)).clamp(max=0.0).exp() * alive

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attn_callbacks.capture.answers import RowStatistic
 from attn_callbacks.capture.call import AttentionCall
-from attn_callbacks.capture.row_statistic import RowStatistic
 from attn_callbacks.capture.sampled import sampled_head_statistics
 from attn_callbacks.capture.scores import wide
 from attn_callbacks.functional.statistics import STATISTICS
@@ -50,11 +50,8 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
         return sampled_head_statistics(call, rows, drawn, long_range)
     call = replace(call, query=wide(call.query), key=wide(call.key))
     answers = _row_statistics(call, long_range)
-    values = {name: answer.mean().float() for name, answer in answers.items() if answer.is_exact}
+    values = {name: answer.mean().float() for name, answer in answers.items()}
     values["max_logit"] = _highest(answers["max_logit"])
-    if not answers["entropy"].is_exact:
-        sampled = sampled_head_statistics(call, rows, drawn, long_range)
-        values |= {name: sampled[..., STATISTICS.index(name)] for name in ("entropy", "entropy_normalised")}
     missing = torch.full(call.shape[:2], torch.nan, device=call.device)
     return torch.stack([values.get(name, missing) for name in STATISTICS], dim=-1)
 
@@ -62,19 +59,17 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
 def _row_statistics(call: AttentionCall, long_range: float) -> dict[str, RowStatistic]:
     """All of them for every row."""
     _, _, queries, keys = call.shape
-    entropy, features = call.entropy_and_expectation(torch.arange(keys, device=call.device)[:, None])
-    top, lse = call.max_logit(), call.logsumexp()  # whose difference is the logarithm of the confidence
+    summary = call.summary(torch.arange(keys, device=call.device)[:, None])
     found = {
-        "entropy": entropy,
-        "confidence": RowStatistic((top.values - lse.values).exp(), top.counted),
+        "entropy": summary.entropy,
+        "entropy_normalised": _normalised(summary.entropy, call.choices()),
+        "confidence": summary.confidence,
         "first_mass": call.first_mass(),
-        "max_logit": top,
+        "max_logit": summary.max_logit,
     }
-    if entropy.is_exact:
-        found["entropy_normalised"] = _normalised(entropy, call.choices())
     if call.is_cross or queries != keys:
         return found
-    position = RowStatistic(features.values[..., 0], features.counted)
+    position = RowStatistic(summary.expectation.values[..., 0], summary.expectation.counted)
     return found | {
         "distance": call.mean_distance(position),
         "long_range_mass": call.far_mass(_limit(call, long_range)),

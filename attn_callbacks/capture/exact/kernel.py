@@ -48,27 +48,29 @@ def attend(
     if 0 in (*query.shape, *key.shape):  # kernels divide by the number of rows
         return query.new_zeros(*query.shape[:3], value.shape[-1]), query.new_zeros(query.shape[:3])
     width = value.shape[-1]
+    widest = max(width, query.shape[-1])
     if width != query.shape[-1] or query.is_cuda:  # fused kernels take one width, on a GPU a multiple of eight
-        widest = max(width, query.shape[-1])
         widest += -widest % 8
         query, key, value = (F.pad(tensor, (0, widest - tensor.shape[-1])) for tensor in (query, key, value))
-    kernel = _kernel(query.device.type, query.dtype, bias is not None)
+    # flash attention has no bias, takes 256 columns, and begins the diagonal of other shapes at their far corner
+    for_flash = bias is None and widest <= 256 and not (is_causal and query.shape[2] != key.shape[2])
+    kernel = _kernel(query.device.type, query.dtype, bias is not None, for_flash)
     output, logsumexp = kernel(query, key, value, bias, is_causal, scale)
     return output[..., :width], logsumexp.detach()
 
 
 @cache
-def _kernel(device: str, dtype: torch.dtype, has_bias: bool) -> Kernel:
+def _kernel(device: str, dtype: torch.dtype, has_bias: bool, for_flash: bool) -> Kernel:
     """Choose the kernel that the model's own attention uses on this device, if it passes its check."""
     half = dtype in (torch.float16, torch.bfloat16)
     choices: dict[str, list[Kernel]] = {
         "cpu": [_cpu_flash],
-        "cuda": [_efficient] if has_bias or not half else [_cuda_flash, _efficient],
+        "cuda": [_cuda_flash, _efficient] if half and for_flash else [_efficient],
     }
     if device == "cuda" and dtype == torch.float64:  # no fused kernel takes it there
         choices = {}
     for kernel in choices.get(device, []):
-        problem = _trial_error(kernel, device, dtype, has_bias)
+        problem = _trial_error(kernel, device, dtype, has_bias, 24 if for_flash else 40)
         if problem is None:
             return kernel
         warnings.warn(
@@ -131,21 +133,23 @@ def _in_blocks(
     return torch.cat(outputs, dim=2).to(query.dtype), torch.cat(logsumexps, dim=2)
 
 
-def _trial_error(kernel: Kernel, device: str, dtype: torch.dtype, has_bias: bool) -> str | None:
-    """Say what is wrong with a kernel, after one small call of it."""
+def _trial_error(kernel: Kernel, device: str, dtype: torch.dtype, has_bias: bool, keys: int) -> str | None:
+    """Say what is wrong with a kernel, after one small causal call of it, in which two heads share their keys."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(1, 2, 24, 8, generator=generator, device="cpu").to(device, dtype) for _ in range(3)
-    )
-    bias = torch.randn(1, 1, 1, 24, generator=generator, device="cpu").to(device, dtype) if has_bias else None
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
+
+    query, key, value = noise(1, 2, 24, 8), noise(1, 1, keys, 8), noise(1, 1, keys, 8)
+    bias = noise(1, 1, 1, keys) if has_bias else None
     scores = 0.5 * query.double() @ key.double().mT + (0.0 if bias is None else bias.double())
-    scores = scores.masked_fill(torch.ones(24, 24, dtype=torch.bool, device=device).triu(1), -torch.inf)
+    scores = scores.masked_fill(torch.ones(24, keys, dtype=torch.bool, device=device).triu(1), -torch.inf)
     try:
         with torch.no_grad():
             output, logsumexp = kernel(query, key, value, bias, True, 0.5)
         errors = (output - scores.softmax(dim=-1) @ value.double(), logsumexp - scores.logsumexp(dim=-1))
     except (AttributeError, RuntimeError, TypeError) as error:
         return str(error).partition("\n")[0]
-    worst = max(float(error.abs().max()) for error in errors)
+    worst = max(float(error.abs().nan_to_num(torch.inf).max()) for error in errors)
     tolerance = 0.05 if dtype in (torch.float16, torch.bfloat16) else 1e-3
     return None if worst < tolerance else f"its results are off by {worst:.2g}"

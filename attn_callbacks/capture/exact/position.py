@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attn_callbacks.capture.exact.blocks import in_blocks
 from attn_callbacks.capture.exact.distribution import expectation, is_live, logsumexp
 from attn_callbacks.capture.exact.problem import Problem
 from attn_callbacks.capture.rows import rows_at_once
@@ -52,9 +53,9 @@ def mean_distance(problem: Problem, mean: Tensor | None = None) -> Tensor:
 
 def window_mass(problem: Problem, width: int) -> Tensor:
     """Weight on ``|i - j| <= width``, ``(batch, heads, queries)``: a band of scores, or all but the keys beyond."""
-    if problem.pairs is None and 4 * width > problem.lengths[1]:
+    if problem.pairs is None and 12 * width > problem.lengths[1]:
         lse = logsumexp(problem)
-        return (1.0 - far_mass(problem, width)).where(lse > -torch.inf, 0.0).clamp(0.0, 1.0)
+        return (1.0 - far_mass(problem, width)).where(lse != -torch.inf, 0.0).clamp(0.0, 1.0)
     return _mass_of_pairs(problem, lambda apart: apart.abs() <= width, reach=width)
 
 
@@ -88,7 +89,7 @@ def _with_logsumexp(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
     """Share of a row's weight that a part of its keys has, from the log-sum-exps of both."""
-    alive = part > -torch.inf
+    alive = part != -torch.inf
     return (part.where(alive, 0.0) - whole.where(alive, 0.0)).clamp(-80.0, 0.0).exp() * alive
 
 
@@ -100,7 +101,7 @@ def _far_behind(problem: Problem, width: int | Tensor, lse: Tensor) -> Tensor:
         return _far_behind_each(problem, moved, lse)
     start = width + 1
     if start >= queries:
-        return 0.0 * lse.where(lse > -torch.inf, 0.0)  # nothing, with a graph
+        return 0.0 * lse.where(lse != -torch.inf, 0.0)  # nothing, with a graph
     bias = None if problem.key_bias is None else problem.key_bias[..., : queries - start]
     shifted = Problem(
         problem.query[:, :, start:], problem.key[:, :, : queries - start], problem.scale, True, key_bias=bias
@@ -127,10 +128,8 @@ def _mass_of_pairs(problem: Problem, inside: Callable[[Tensor], Tensor], reach: 
     queries, keys = problem.lengths
     lse = logsumexp(problem)
     group = problem.query.shape[1] // problem.key.shape[1]
-    step = _band_rows(problem, min(reach, keys))
-    masses = [lse[:, :, :0]]
-    for start in range(0, queries, step):
-        stop = min(start + step, queries)
+
+    def mass(start: int, stop: int) -> tuple[Tensor]:
         first, last = max(0, start - reach), min(keys, stop + (0 if problem.is_causal else reach))
         own = problem.key[:, :, first:last].repeat_interleave(group, dim=1)
         scores = problem.scale * problem.query[:, :, start:stop] @ own.transpose(-2, -1)
@@ -141,11 +140,12 @@ def _mass_of_pairs(problem: Problem, inside: Callable[[Tensor], Tensor], reach: 
         if problem.pairs is not None:
             scores = scores + problem.pairs.read(start, stop)[..., first:last]
         rest = lse[:, :, start:stop, None]
-        chosen = chosen & (scores > -torch.inf) & (rest > -torch.inf)
+        chosen = chosen & (scores != -torch.inf) & (rest != -torch.inf)
         # exp is tens of times slower where it underflows
         shares = (scores.where(chosen, 0.0) - rest.where(chosen, 0.0)).clamp(-80.0, 0.0).exp() * chosen
-        masses.append(shares.sum(dim=-1))
-    return torch.cat(masses, dim=2)
+        return (shares.sum(dim=-1),)
+
+    return in_blocks(queries, _band_rows(problem, min(reach, keys)), mass, is_live(problem))[0]
 
 
 def _band_rows(problem: Problem, reach: int) -> int:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from attn_callbacks.capture.exact.blocks import in_blocks
 from attn_callbacks.capture.exact.kernel import attend
 from attn_callbacks.capture.exact.pairs import PairMask
 from attn_callbacks.capture.rows import rows_at_once
 
-__all__ = ["Problem", "cut", "in_parts"]
+__all__ = ["Problem", "cached_rows", "cut", "in_parts"]
 
 _PART_BYTES = 48 * 2**20
+_CACHED = 2**18  # scores, 1 MB
 _SLICE = 128  # columns in the value slot of one call
 
 
@@ -58,8 +61,11 @@ class Problem:
         """Count the keys that each query may attend to, ``(batch | 1, heads | 1, queries)``."""
         queries, keys = self.lengths
         if self.pairs is not None:
-            blocks = [(bias > -torch.inf).sum(dim=-1) for _, _, bias in self._blocks()]
-            return torch.cat(blocks, dim=-1)
+
+            def count(start: int, stop: int) -> tuple[Tensor]:
+                return ((cast(Tensor, self.bias(start, stop)) > -torch.inf).sum(dim=-1),)
+
+            return in_blocks(queries, self._step(), count, keeps_graph=False)[0]
         open_keys = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=self.key.device)
         if self.key_bias is not None:
             open_keys = self.key_bias > -torch.inf
@@ -140,17 +146,12 @@ class Problem:
         known = torch.zeros(1, 1, 1, 1, dtype=self.key.dtype, device=self.key.device) if bias is None else bias
         return torch.where(future, -torch.inf, known)
 
-    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield ``start, stop`` and the :meth:`bias` of blocks of queries, for a mask of pairs."""
+    def _step(self) -> int:
+        """Queries in a block of a mask of pairs."""
         queries, keys = self.lengths
         maps = [bias.shape[:2] for bias in (self.key_bias,) if bias is not None]
         maps += [torch.Size(pairs.maps) for pairs in (self.pairs,) if pairs is not None]
-        step = rows_at_once(torch.broadcast_shapes(*maps).numel(), keys, queries)
-        for start in range(0, queries, step):
-            stop = min(start + step, queries)
-            bias = self.bias(start, stop)
-            if bias is not None:
-                yield start, stop, bias
+        return rows_at_once(torch.broadcast_shapes(*maps).numel(), keys, queries)
 
     def _attend(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.pairs is not None:
@@ -163,14 +164,24 @@ class Problem:
         return output, logsumexp.masked_fill(self.choices() == 0, -torch.inf)
 
     def _attend_in_blocks(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, logsumexps = [], []
-        for start, stop, bias in self._blocks():
-            seen = min(stop, self.lengths[1]) if self.is_causal else self.lengths[1]
+        queries, keys = self.lengths
+
+        def block(start: int, stop: int) -> tuple[Tensor, Tensor]:
+            seen = min(stop, keys) if self.is_causal else keys
             query, key, columns = self.query[:, :, start:stop], self.key[:, :, :seen], value[:, :, :seen]
-            output, logsumexp = attend(query, key, columns, bias[..., :seen], scale=self.scale)
-            outputs.append(output)
-            logsumexps.append(logsumexp.masked_fill(bias.amax(dim=-1) == -torch.inf, -torch.inf))
-        return torch.cat(outputs, dim=2), torch.cat(logsumexps, dim=2)
+            bias = cast(Tensor, self.bias(start, stop))[..., :seen]
+            output, logsumexp = attend(query, key, columns, bias, scale=self.scale)
+            return output, logsumexp.masked_fill(bias.amax(dim=-1) == -torch.inf, -torch.inf)
+
+        tensors = (self.query, self.key, value)
+        keeps_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        output, logsumexp = in_blocks(queries, self._step(), block, keeps_graph)
+        return output, logsumexp
+
+
+def cached_rows(maps: int, keys: int) -> int:
+    """Return how many rows of so many maps a processor's cache holds."""
+    return max(16, _CACHED // max(maps * keys, 1))
 
 
 def cut(tensor: Tensor, batch: slice, heads: slice) -> Tensor:

@@ -74,33 +74,35 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _simplified(problem: Problem, mask: Tensor) -> Problem | None:
-    """Recognise a large boolean mask that says no more than which keys are padding and that attention is causal.
+    """Recognise a large mask that says no more than which keys are padding and whether attention is causal.
 
-    Hugging Face models write that out in full. Kernels do half the work when they are told.
+    Hugging Face models write that out in full, as booleans or as zeros and very negative numbers. Kernels do half the
+    work when they are told.
     """
-    if mask.dtype != torch.bool or mask[0, 0].numel() < _LARGE:
+    if mask[0, 0].numel() < _LARGE:
         return None
     queries, keys = problem.lengths
     step = rows_at_once(mask.shape[0] * mask.shape[1], keys, queries)
     starts = range(0, queries, step)
-    key_allowed = torch.stack([mask[:, :, i : i + step].any(dim=2) for i in starts]).any(dim=0)[:, :, None]
-    key_position = torch.arange(keys, device=mask.device)
-    for is_causal in (problem.is_causal, True):
-        fits = torch.ones((), dtype=torch.bool, device=mask.device)
-        for i in starts:
-            block = mask[:, :, i : i + step]
-            expected = key_allowed.expand_as(block)
-            if is_causal:
-                rows = torch.arange(i, i + block.shape[2], device=mask.device)[:, None]
-                future = key_position > rows
-                expected = expected & ~future
-                block = block & ~future if problem.is_causal else block
-            fits = fits & (block == expected).all()
-            if not bool(fits):
-                break
-        if bool(fits):
-            return replace(problem, is_causal=is_causal, key_bias=_additive(key_allowed, problem.query.dtype))
-    return None
+    key_allowed = torch.stack([let_through(mask[:, :, i : i + step], None).any(dim=2) for i in starts])
+    key_allowed = key_allowed.any(dim=0)[:, :, None]
+    position = torch.arange(keys, device=mask.device)
+    fits = torch.ones(2, dtype=torch.bool, device=mask.device)  # without a diagonal of its own, and with one
+    for i in starts:
+        block = mask[:, :, i : i + step]
+        allowed = let_through(block, None)
+        past = position <= torch.arange(i, i + block.shape[2], device=mask.device)[:, None]
+        seen = allowed & past
+        both = torch.stack([(allowed == key_allowed).all(), (allowed == (key_allowed & past)).all()])
+        if problem.is_causal:  # what lies in the future does not matter
+            both = (seen == (key_allowed & past)).all().expand(2)
+        plain = True if mask.dtype == torch.bool else (block.where(allowed, 0.0) == 0).all()
+        fits = fits & both & plain
+    without, with_diagonal = fits.tolist()
+    if not (without or with_diagonal):
+        return None
+    is_causal = problem.is_causal or not without
+    return replace(problem, is_causal=is_causal, key_bias=_additive(key_allowed, problem.query.dtype))
 
 
 def _function_pairs(call: AttentionCall, dtype: torch.dtype) -> PairMask:

@@ -24,13 +24,13 @@ def received_mass(problem: Problem, counted: Tensor) -> Tensor:
     turns_causal = problem.is_causal and problem.pairs is None
     square = _cut_to_square(problem) if turns_causal else problem
     lse = logsumexp(problem)
-    counts = counted & (lse > -torch.inf)
+    counts = counted & (lse != -torch.inf)
     gone = (-lse.where(counts, 0.0)).masked_fill(~counts, -torch.inf)
     received = logsumexp(square.transposed(gone))
     received = received.flip(2) if turns_causal else received
     if square.key_bias is not None:
         received = received + square.key_bias[:, :, 0]  # a constant of the swapped rows
-    alive = received > -torch.inf
+    alive = received != -torch.inf
     mass = received.where(alive, 0.0).exp() * alive
     return F.pad(mass, (0, problem.lengths[1] - mass.shape[2]))  # negative: what was added goes again
 

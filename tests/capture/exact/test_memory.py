@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attn_callbacks.capture import AttentionCall, rows
-from attn_callbacks.capture.exact import extremes, problem
+from attn_callbacks.capture.exact import problem
 from benchmarks.allocation import peak_bytes
 from tests.capture.exact.cases import additive, attention, noise, padding, triangle, window
 
@@ -59,7 +59,7 @@ def long(tokens: int | None = None, **options: object) -> AttentionCall:
 @pytest.fixture(autouse=True)
 def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that fills the cache is larger than a map of these lengths."""
-    monkeypatch.setattr(extremes, "_CACHED", 2**12)
+    monkeypatch.setattr(problem, "_CACHED", 2**12)
 
 
 def applies(call: AttentionCall, name: str) -> bool:

@@ -1,14 +1,15 @@
-"""What a call answers: one value a query, which of them count, and whether all queries were looked at."""
+"""What a call answers: values of its queries, which of them count, and whether all queries were looked at."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from attn_callbacks.functional.rows import row_mean
 
-__all__ = ["RowStatistic"]
+__all__ = ["CallSummary", "RowStatistic", "TopKeys"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,3 +42,30 @@ class RowStatistic:
         if self.values.ndim == 3:
             return row_mean(self.values, self.counted)
         return row_mean(self.values.transpose(-2, -1), self.counted[:, :, None])
+
+
+class CallSummary(NamedTuple):
+    """What one pass over the scores of a call tells; without a graph.
+
+    Args:
+        entropy: In nats.
+        confidence: Largest weight.
+        max_logit: Largest score before the softmax.
+        logsumexp: Log-sum-exp of the scores.
+        expectation: Mean of the features that were asked for.
+        received_mass: Weight that each key gets from all valid queries, ``(batch, heads, keys)``.
+    """
+
+    entropy: RowStatistic
+    confidence: RowStatistic
+    max_logit: RowStatistic
+    logsumexp: RowStatistic
+    expectation: RowStatistic
+    received_mass: Tensor
+
+
+class TopKeys(NamedTuple):
+    """The keys with the largest weights, ``(batch, heads, rows, k)`` each, largest first."""
+
+    values: Tensor
+    indices: Tensor
