@@ -103,7 +103,7 @@ def _steps(model: Model, ids: Tensor) -> dict[str, Callable[[], object]]:
     from attn_callbacks.callbacks._guard import Guard
 
     strategy = SimpleNamespace(root_device=ids.device)
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, precision_plugin=None, strategy=strategy)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, precision_plugin=None, strategy=strategy, world_size=1)
     wrapped: Any = model
     gates = GateGradients(trainer, wrapped, None, 1, BatchSchema(), Guard("`importance`"))
     watch: Any = gates.tap.context

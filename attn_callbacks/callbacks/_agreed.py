@@ -51,7 +51,8 @@ def log_agreed(module: LightningModule, name: str, value: float, *, logger: bool
     metric = _Agreed()
     metric.update(value)
     # the attribute is where Lightning would look the metric up; without one it searches the module, which has none
-    module.log(name, metric, on_step=False, on_epoch=True, logger=logger, metric_attribute=name)
+    # and where there is no logger, Lightning warns of an outright `True`
+    module.log(name, metric, on_step=False, on_epoch=True, logger=None if logger else False, metric_attribute=name)
 
 
 def log_monitored(trainer: Trainer, module: LightningModule, values: Mapping[str, float], *, logger: bool) -> None:

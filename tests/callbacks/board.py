@@ -1,9 +1,17 @@
-"""Read the event files of TensorBoard back."""
+"""Callbacks that log, and the event files of TensorBoard read back."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from attn_callbacks import AttentionHeatmaps, HeadStatistics
+from tests.callbacks.models import feeding_monitor
+
+
+def watchers() -> list[Any]:
+    """All callbacks that log."""
+    return [AttentionHeatmaps(samples=2), HeadStatistics(per_head=True), feeding_monitor(classes=("bad", "good"))]
 
 
 def events(folder: Path) -> Any:

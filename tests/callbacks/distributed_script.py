@@ -144,7 +144,7 @@ def layer_batch(number: int, rank: int, layer: str) -> tuple[torch.Tensor, torch
 
 def conclusions(rank: int) -> list[dict[str, Any]]:
     """What a process concludes in each of the ``ROUNDS``, and the collectives it called."""
-    sums, found = HeadSums(), []
+    sums, found = HeadSums(2), []
     for number, shares in enumerate(ROUNDS):
         for layer in shares[rank]:
             sums.add(layer, *layer_batch(number, rank, layer))

@@ -238,11 +238,6 @@ def board_logger(folder: Path, package: Any = pl) -> Any:
     return package.loggers.TensorBoardLogger(str(folder), name="", version="board")
 
 
-def watchers() -> list[Any]:
-    """All callbacks that log."""
-    return [AttentionHeatmaps(samples=2), HeadStatistics(per_head=True), feeding_monitor(classes=("bad", "good"))]
-
-
 def fit(module: Any, trainer: Any, train: Any = None, validation: Any = None, **options: Any) -> Any:
     trainer.fit(module, train or loader(32), validation or loader(16, seed=1), **options)
     return module

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attn_callbacks import HeadStatistics
+from attn_callbacks import BiasMonitor, HeadStatistics
 from attn_callbacks.functional import STATISTICS
-from tests.callbacks.board import events, raw_events
-from tests.callbacks.models import LAYERS, Classifier, board_logger, fit, pl, quiet_trainer, watchers
+from tests.callbacks.board import events, raw_events, watchers
+from tests.callbacks.models import LAYERS, Classifier, board_logger, fit, loader, pl, quiet_trainer
 
 NAMES = [f"net.encoder.layers.{layer}.self_attn" for layer in range(LAYERS)]
 EPOCHS, STEPS = 2, 4  # optimiser steps an epoch
@@ -43,7 +43,7 @@ def test_tensorboard_has_one_event_a_validation_at_the_optimiser_steps(board: An
     tags = board.Tags()
     for tag in tags["images"]:
         assert [event.step for event in board.Images(tag)] == [STEPS, 2 * STEPS], tag
-    for tag in (f"heads/entropy/{NAMES[0]}", "bias/recall/bad"):
+    for tag in (f"heads/entropy/{NAMES[0]}", "heads/entropy_mean", "bias/recall/bad", "bias/accuracy", "bias/gap"):
         assert [event.step for event in board.Scalars(tag)] == [STEPS, 2 * STEPS]
     texts = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("bias/summary/text_summary")]
     assert [f"epoch {epoch}" in text for epoch, text in enumerate(texts)] == [True, True]
@@ -52,15 +52,32 @@ def test_tensorboard_has_one_event_a_validation_at_the_optimiser_steps(board: An
 def test_a_validation_is_one_event_of_tensorboard(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, [HeadStatistics(per_head=True)], logger=board_logger(tmp_path), max_epochs=EPOCHS)
     fit(Classifier(), trainer)
-    monitored = {f"heads/{name}_mean" for name in STATISTICS}  # Lightning's own, on the axis that it chose for them
-    found = raw_events(tmp_path / "board")
-    ours = [tags for tags in found if tags[0].startswith("heads/") and tags[0] not in monitored]
+    ours = [tags for tags in raw_events(tmp_path / "board") if any(tag.startswith("heads/") for tag in tags)]
     assert len(ours) == EPOCHS
+    means = {f"heads/{name}_mean" for name in STATISTICS}
     layers = {f"heads/{name}/{layer}" for name in STATISTICS for layer in NAMES}
     heads = {f"{tag}/head_{head}" for tag in layers for head in range(2)}
-    assert set(ours[0]) == layers | heads | {f"heads/{name}" for name in STATISTICS}
+    assert set(ours[0]) == means | layers | heads | {f"heads/{name}" for name in STATISTICS} | {"epoch"}
     assert ours[0] == ours[1]
     assert len(ours[0]) == len(set(ours[0]))
+
+
+def test_a_report_on_bias_is_one_event_beside_its_text(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, [BiasMonitor()], logger=board_logger(tmp_path), max_epochs=EPOCHS)
+    fit(Classifier(), trainer)
+    found = [tags for tags in raw_events(tmp_path / "board") if any(tag.startswith("bias/") for tag in tags)]
+    assert len(found) == 2 * EPOCHS
+    assert {"bias/confusion", "bias/accuracy", "bias/gap", "bias/worst_class_recall", "bias/recall/0"} <= set(
+        max(found, key=len)
+    )
+    assert sorted({tag for tags in found if len(tags) == 1 for tag in tags}) == ["bias/summary/text_summary"]
+
+
+def test_what_trainer_validate_returns_has_what_is_monitored(tmp_path: Path) -> None:
+    callbacks = [HeadStatistics(), BiasMonitor()]
+    trainer = quiet_trainer(tmp_path, callbacks, logger=board_logger(tmp_path))
+    (returned,) = trainer.validate(Classifier(), loader(16), verbose=False)
+    assert {*(f"heads/{name}_mean" for name in STATISTICS), "bias/accuracy", "bias/gap"} <= set(returned)
 
 
 def test_events_say_what_the_table_says(tmp_path: Path) -> None:
@@ -75,6 +92,9 @@ def test_events_say_what_the_table_says(tmp_path: Path) -> None:
                 assert event.value == pytest.approx(value.item(), rel=1e-6)
             (event,) = board.Scalars(f"heads/{statistic}/{name}")
             assert event.value == pytest.approx(values.mean().item(), rel=1e-6)
+    for index, statistic in enumerate(STATISTICS):
+        (event,) = board.Scalars(f"heads/{statistic}_mean")
+        assert event.value == pytest.approx(statistics.result.mean[..., index].nanmean().item(), rel=1e-6)
 
 
 def test_a_logger_with_a_way_of_its_own_is_asked_to_log(tmp_path: Path) -> None:
@@ -91,7 +111,8 @@ def test_a_logger_with_a_way_of_its_own_is_asked_to_log(tmp_path: Path) -> None:
     ]
     fit(Classifier(), quiet_trainer(tmp_path, [HeadStatistics()], logger=loggers))
     layers = {f"heads/{name}/{layer}" for name in STATISTICS for layer in NAMES}
-    assert (layers, STEPS) in seen
+    means = {f"heads/{name}_mean" for name in STATISTICS}
+    assert [(names, step) for names, step in seen if layers & names] == [(layers | means | {"epoch"}, STEPS)]
     own, prefixed = (events(tmp_path / version).Tags() for version in ("own", "prefixed"))
     assert layers <= set(own["scalars"])
     assert {f"ours-{tag}" for tag in layers} <= set(prefixed["scalars"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_callbacks import HeadStatistics
+from attn_callbacks.callbacks._gate_sums import GateSums
 from tests.callbacks.board import events, raw_events
 from tests.callbacks.gating import Importance, Still, data, explicit, train
 from tests.callbacks.models import HEADS, LAYERS, Classifier, board_logger, csv_logger, fit, quiet_trainer
@@ -100,3 +101,54 @@ def test_without_the_option_training_steps_are_left_alone(tmp_path: Path) -> Non
 def test_no_step_is_no_choice(every: int) -> None:
     with pytest.raises(ValueError, match="`importance_every_n_steps` must be at least 1"):
         HeadStatistics(importance_every_n_steps=every)
+
+
+def test_importance_outlives_statistics_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise MemoryError("full")
+
+    monkeypatch.setattr(HeadStatistics, "_measure", broken)
+    statistics = HeadStatistics(importance_every_n_steps=1)
+    trainer = quiet_trainer(tmp_path, [statistics], logger=board_logger(tmp_path))
+    with pytest.warns(UserWarning, match="`HeadStatistics` is switched off.*MemoryError: full"):
+        fit(Still(), trainer, data(), data())
+    assert statistics.result is None
+    assert statistics.importance is not None
+    tags = events(tmp_path / "board").Tags()
+    assert tags["images"] == ["heads/importance"]
+    assert {"heads/importance_mean", f"heads/importance/{NAMES[0]}"} <= set(tags["scalars"])
+    assert trainer.callback_metrics["heads/importance_mean"] == pytest.approx(float(statistics.importance.mean.mean()))
+
+
+def test_statistics_outlive_an_exchange_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(GateSums, "conclude", broken)
+    statistics = HeadStatistics(importance_every_n_steps=1)
+    with pytest.warns(UserWarning, match="The importance of `HeadStatistics` is switched off.*connection lost"):
+        fit(Still(), quiet_trainer(tmp_path, [statistics], logger=csv_logger(tmp_path)), data(), data())
+    assert statistics.importance is None
+    assert statistics.result is not None
+
+
+def test_a_process_that_failed_switches_all_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank zero is sound; the other process says that it failed."""
+    monkeypatch.setattr(GateSums, "_from_all_processes", lambda _, share: [share, (True, True, {})])
+    callback = Importance()
+    with pytest.warns(UserWarning, match="Importance is switched off .* A process could not take in all"):
+        train(tmp_path, Still(), callback)
+    assert callback.found == [None]
+    assert callback.guard.off
+
+
+def test_gradients_that_are_not_finite_are_told_apart_from_none(tmp_path: Path) -> None:
+    class Overflowing(Still):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * torch.inf
+
+    callback = Importance()
+    with pytest.warns(UserWarning, match=r"'net.layers.0', 'net.layers.1' were not finite") as told:
+        train(tmp_path, Overflowing(), callback)
+    assert not any("No gradient" in str(warning.message) for warning in told)
+    assert callback.found[0].left_out.min() == 12

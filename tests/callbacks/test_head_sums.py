@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attn_callbacks import AttentionCall, HeadStatistics
+from attn_callbacks.callbacks import _gate_sums, _head_sums
 from attn_callbacks.callbacks._head_sums import HeadSums
 from tests.callbacks.models import Classifier, csv_logger, fit, quiet_trainer
 
@@ -73,4 +74,30 @@ def test_a_failure_on_the_way_leaves_no_half_result(tmp_path: Path, monkeypatch:
     with pytest.warns(UserWarning, match="`HeadStatistics` is switched off.*MemoryError: full"):
         fit(Classifier(), trainer)
     assert statistics.result is None
-    assert not any(name.startswith("heads/") for name in trainer.callback_metrics)
+    known = [value for name, value in trainer.callback_metrics.items() if name.startswith("heads/")]
+    assert torch.stack(known).isnan().all()
+
+
+class Foreign:
+    """A process group of two that nobody else answers in."""
+
+    @staticmethod
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("waits for processes that are not of this run")
+
+    all_reduce = all_gather_object = fail
+    is_available = is_initialized = staticmethod(lambda: True)
+    get_world_size, get_rank = staticmethod(lambda: 2), staticmethod(lambda: 0)
+
+
+def test_a_run_on_one_device_stays_out_of_a_process_group_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (_head_sums, _gate_sums):
+        monkeypatch.setattr(module, "dist", Foreign)
+    statistics = HeadStatistics(importance_every_n_steps=1)
+    fit(Classifier(), quiet_trainer(tmp_path, [statistics], logger=csv_logger(tmp_path)))
+    assert statistics.result is not None
+    assert statistics.importance is not None
+    with pytest.raises(pytest.fail.Exception, match="waits for processes"):
+        HeadSums(2).conclude(torch.device("cpu"), failed=False)

@@ -15,6 +15,7 @@ from PIL import Image
 from attn_callbacks import AttentionHeatmaps, BiasMonitor, HeadStatistics
 from attn_callbacks.callbacks._loggers import run_folder
 from attn_callbacks.functional import STATISTICS
+from tests.callbacks.board import events, watchers
 from tests.callbacks.models import (
     LAYERS,
     Classifier,
@@ -25,7 +26,6 @@ from tests.callbacks.models import (
     pair_loader,
     pl,
     quiet_trainer,
-    watchers,
 )
 
 NAMES = [f"net.encoder.layers.{layer}.self_attn" for layer in range(LAYERS)]
@@ -71,6 +71,12 @@ def test_csv_logger_gets_pictures_as_files_and_the_table(tmp_path: Path) -> None
         written = [row for row in csv.DictReader(file) if row[f"heads/entropy/{NAMES[1]}"]]
     expected = np.mean([float(last[NAMES[1], head, "entropy"]["value"]) for head in range(2)])
     assert float(written[-1][f"heads/entropy/{NAMES[1]}"]) == pytest.approx(expected)
+    assert [(row["step"], row["epoch"]) for row in written] == [("4", "0.0"), ("8", "1.0")]
+    assert float(written[-1]["heads/entropy_mean"]) == pytest.approx(means["entropy"], rel=1e-6)
+    with (folder / "metrics.csv").open(newline="") as file:
+        accuracies = [float(row["bias/accuracy"]) for row in csv.DictReader(file) if row["bias/accuracy"]]
+    assert len(accuracies) == 2
+    assert accuracies[1] == pytest.approx(trainer.callback_metrics["bias/accuracy"].item())
     lines = [json.loads(line) for line in (folder / "attention" / "bias.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
 
@@ -133,7 +139,7 @@ def test_image_model_gets_overlays(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any) -> None:
+    def full(*args: Any, **options: Any) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr("attn_callbacks.callbacks.head_statistics.append_table", full)

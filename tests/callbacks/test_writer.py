@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -103,6 +104,31 @@ def test_a_full_queue_makes_the_main_thread_wait(
     trainer.join(timeout=5)
     assert before == [0, 1]  # a third would be one too many
     assert handed_in == [0, 1, 2]
+
+
+def test_a_drained_queue_takes_jobs_without_waiting(writer: BackgroundWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_writer, "MOST_BYTES", 25)
+    for _ in range(3):
+        writer.submit(lambda: None, 20).result(timeout=5)
+    go = threading.Event()
+    trainer = threading.Thread(target=lambda: [writer.submit(lambda: go.wait(5), 10) for _ in range(2)])
+    trainer.start()
+    trainer.join(timeout=1)
+    waits = trainer.is_alive()
+    go.set()
+    trainer.join(timeout=5)
+    assert not waits
+
+
+def test_a_job_that_cannot_be_waited_for_does_not_hold_up_closing(writer: BackgroundWriter) -> None:
+    writer.submit(lambda: None, 10).result(timeout=5)
+    cancelled: Future[object] = Future()
+    cancelled.cancel()
+    writer._waiting.append((cancelled, 5))
+    writer._held += 5
+    with pytest.warns(UserWarning, match="It is switched off.*CancelledError"):
+        writer.close()
+    assert (len(writer._waiting), writer._held) == (0, 0)
 
 
 def test_a_job_larger_than_all_bounds_is_taken_alone(writer: BackgroundWriter) -> None:

@@ -57,6 +57,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     result = metric.compute()
     assert result.mean.tolist() == [[2.0, 5.0]]
     assert result.samples.tolist() == [[2, 1]]
+    assert result.left_out.tolist() == [[1, 2]]
     assert result.standard_error[0, 0] == 1.0
     assert result.standard_error[0, 1].isnan()
 

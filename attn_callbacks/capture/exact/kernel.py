@@ -86,7 +86,16 @@ def _cpu_flash(
 ) -> tuple[Tensor, Tensor]:
     operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, logsumexp = operator(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
-    return output, logsumexp
+    broken = _zeros_or_nan(query, key)  # it answers scores of NaN with zeros
+    if output.requires_grad:  # its backward needs the output as it was
+        return output + broken[..., None], logsumexp + broken
+    return output.add_(broken[..., None]), logsumexp.add_(broken)
+
+
+def _zeros_or_nan(query: Tensor, key: Tensor) -> Tensor:
+    """Return ``(batch, heads, queries)``: NaN for the rows of weights that have NaN, else zero."""
+    of_keys = key.detach().sum(dim=(-2, -1)).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return 0.0 * (query.detach().sum(dim=-1) + of_keys[..., None])
 
 
 def _cuda_flash(

@@ -72,11 +72,10 @@ def far_mass(problem: Problem, width: int | Tensor) -> Tensor:
         limit = width[:, None, None, None] if isinstance(width, Tensor) else width
         return _mass_of_pairs(problem, lambda apart: apart.abs() > limit, reach=problem.lengths[1])
     lse = logsumexp(problem)
-    behind = _far_behind(problem, width, lse)
-    if problem.is_causal:
-        return behind
-    ahead = _far_behind(problem.flipped(), width, lse.flip(2))
-    return behind + ahead.flip(2)
+    mass = _far_behind(problem, width, lse)
+    if not problem.is_causal:
+        mass = mass + _far_behind(problem.flipped(), width, lse.flip(2)).flip(2)
+    return mass + 0.0 * lse.where(lse != -torch.inf, 0.0)  # a graph, and NaN, also for rows with nothing far away
 
 
 def _with_logsumexp(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -101,7 +100,7 @@ def _far_behind(problem: Problem, width: int | Tensor, lse: Tensor) -> Tensor:
         return _far_behind_each(problem, moved, lse)
     start = width + 1
     if start >= queries:
-        return 0.0 * lse.where(lse != -torch.inf, 0.0)  # nothing, with a graph
+        return torch.zeros_like(lse)
     bias = None if problem.key_bias is None else problem.key_bias[..., : queries - start]
     shifted = Problem(
         problem.query[:, :, start:], problem.key[:, :, : queries - start], problem.scale, True, key_bias=bias

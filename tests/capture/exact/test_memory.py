@@ -100,15 +100,16 @@ def test_blocks_are_small_beside_a_long_mask(kind: str, name: str) -> None:
     assert peak_bytes(lambda: ASKED[name](call)) < tokens * tokens
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", [name for name in ASKED if name != "choices"])
-def test_many_heads_are_taken_one_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_heads_are_taken_one_after_the_other(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem, "_PART_BYTES", 2**18)
     monkeypatch.setattr(rows, "_BLOCK_BYTES", 2**16)
-    few, many = (long(64, batch=2, heads=heads, is_causal=True) for heads in (8, 80))
+    few, many = (long(64, batch=batch, heads=heads, is_causal=True) for heads in (8, 80))
     answers = [ASKED[name](call) for call in (few, many)]
     answers = [answer[0] if isinstance(answer, tuple) else answer for answer in answers]
     values = [answer if isinstance(answer, torch.Tensor) else answer.values for answer in answers]
-    fresh = [long(64, batch=2, heads=heads, is_causal=True) for heads in (8, 80)]
+    fresh = [long(64, batch=batch, heads=heads, is_causal=True) for heads in (8, 80)]
     small, large = (peak_bytes(lambda call=call: ASKED[name](call)) for call in fresh)
     answer = values[1].nbytes - values[0].nbytes  # grows with the heads, and is held twice: in parts and joined
     assert large - small < 4 * answer + 4 * 2**18
@@ -124,6 +125,19 @@ def test_gradients_need_no_map_either(name: str) -> None:
         (got if isinstance(got, torch.Tensor) else got.values).sum().backward()
 
     assert peak_bytes(run) < 2 * N * N  # bytes: maps of bool of both heads
+
+
+@pytest.mark.parametrize("name", ["entropy", "received", "window 30", "far"])
+def test_nor_do_gradients_under_a_mask_of_pairs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 2**16)
+    call = long(mask=window(100, N))
+    call.query.requires_grad_()
+
+    def run() -> None:
+        got = ASKED[name](call)
+        (got if isinstance(got, torch.Tensor) else got.values).sum().backward()
+
+    assert peak_bytes(run) < 4 * N * N  # bytes: one map of float32
 
 
 def test_the_meter_sees_a_map() -> None:
