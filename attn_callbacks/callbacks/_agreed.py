@@ -65,13 +65,11 @@ def log_monitored(trainer: Trainer, module: LightningModule, values: Mapping[str
         trainer: Knows who monitors what.
         module: The module that trains.
         values: Names and values, the same on all processes.
-        logger: As in :func:`log_agreed`, for those that are known.
+        logger: As in :func:`log_agreed`.
     """
     for name, value in values.items():
-        if value == value:
-            log_agreed(module, name, value, logger=logger)
-        else:
-            log_agreed(module, name, _unknown(trainer, name))
+        given = value if value == value else _unknown(trainer, name)
+        log_agreed(module, name, given, logger=logger and abs(given) != _FAR)
 
 
 def _unknown(trainer: Trainer, name: str) -> float:

@@ -70,9 +70,8 @@ class HeadStatistics(ValidationObserver):
         per_head: Also log each head as scalars ``heads/<statistic>/<layer>/head_<i>``.
         seed: Seed of the drawn rows.
         mode: ``"sampled"`` looks at the drawn rows only. ``"exact"`` looks at all, for the time of three or four more
-            fused forwards of every layer, and without a matrix of queries x keys. Two things still come from the drawn
-            rows: the entropies under a bias that is not one of the query plus one of the key (T5), and everything
-            behind a FlexAttention ``score_mod``.
+            fused forwards of every layer, and without a matrix of queries x keys. Behind a FlexAttention ``score_mod``
+            the drawn rows have to do.
         importance_every_n_steps: Also measure how much the training loss hangs on each head (the size of the gradient
             of a gate on it, averaged over samples), in the backward of every n-th training step; for what
             that costs see ``docs/performance.md``. Logged as ``heads/importance`` with the statistics, for which one
@@ -131,7 +130,7 @@ class HeadStatistics(ValidationObserver):
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._generator = torch.Generator()
         self._sums = HeadSums(trainer.world_size)
-        self._monitored = dict.fromkeys((f"heads/{name}_mean" for name in STATISTICS), np.nan)
+        self._monitored = dict.fromkeys((f"heads/{name}_mean" for name in STATISTICS if self._fitting), np.nan)
         every = self.importance_every_n_steps
         if every is not None and self._fitting:
             guard = Guard("The importance of `HeadStatistics`")  # its own: the statistics go on without it

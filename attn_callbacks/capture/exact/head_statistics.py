@@ -23,9 +23,8 @@ def exact_head_statistics(call: AttentionCall, rows: Tensor | None, drawn: Tenso
     """Compute :func:`~attn_callbacks.functional.head_statistics` over all rows without the weights.
 
     Costs about three forwards of the fused kernel if causal, else four, in ``O(queries * head_dim)`` memory and in
-    float32. Matrices of up to 16 MB are made and read, which takes less time than many calls for little. The drawn rows
-    stand in where no identity holds: for the entropies under a bias that is not one of the query plus one of the key
-    (T5), and for everything behind a FlexAttention ``score_mod``.
+    float32. Matrices of up to 16 MB are made and read, which takes less time than many calls for little. Behind a
+    FlexAttention ``score_mod`` the drawn rows stand in.
 
     Args:
         call: Any call.

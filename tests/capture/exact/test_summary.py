@@ -36,7 +36,9 @@ def test_every_field_is_that_of_the_full_matrix(case: str) -> None:
 
 
 def test_any_bias_is_exact() -> None:
-    call = AttentionCall("a", query=torch.randn(1, 2, 90, 8), key=torch.randn(1, 2, 90, 8), mask=torch.randn(1, 2, 90, 90))
+    call = AttentionCall(
+        "a", query=torch.randn(1, 2, 90, 8), key=torch.randn(1, 2, 90, 8), mask=torch.randn(1, 2, 90, 90)
+    )
     summary = call.summary()
     assert summary.entropy.is_exact
     weights = call.weights()
