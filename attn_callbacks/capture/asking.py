@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attn_callbacks.capture.answers import CallSummary, RowStatistic
 from attn_callbacks.capture.exact import chosen, distribution, one_pass, received
-from attn_callbacks.capture.exact.problem import Problem, cut, in_parts
+from attn_callbacks.capture.exact.problem import Problem, cached_heads, cut, in_parts
 from attn_callbacks.capture.exact.reading import with_separated_bias
 from attn_callbacks.capture.plain import PlainRows
 from attn_callbacks.capture.pooling import pooled_weights, received_from_rows
@@ -95,7 +95,7 @@ class Asking(Posed):
                 *found, mean, mass = one_pass.survey(part, cut(features, batch, heads), own)
                 return *found, _zeroed(mean, own), mass
 
-            *found, mean, mass = in_parts(problem, features.shape[-1], compute)
+            *found, mean, mass = in_parts(problem, features.shape[-1], compute, cached_heads(problem))
             self._known()[problem.query.dtype] = found[-1]
             entropy, confidence, top, lse = (_answer(_zeroed(values, counted), counted) for values in found)
             return CallSummary(entropy, confidence, top, lse, _answer(mean, counted), wide(mass))

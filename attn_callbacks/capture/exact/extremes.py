@@ -21,11 +21,7 @@ def max_logit(problem: Problem) -> Tensor:
     step = cached_rows(batch * heads, problem.lengths[1])
     tops = [problem.query[:, :, :0, 0]]
     for start in range(0, queries, step):
-        stop = min(start + step, queries)
-        seen = min(stop, problem.lengths[1]) if problem.is_causal else problem.lengths[1]
-        scores = (problem.scale * problem.query[:, :, start:stop]) @ key[..., :seen]
-        bias = problem.bias(start, stop)
-        tops.append((scores if bias is None else scores.add_(bias[..., :seen])).amax(dim=-1))
+        tops.append(problem.scores(key, start, min(start + step, queries)).amax(dim=-1))
     return torch.cat(tops, dim=2)
 
 

@@ -33,10 +33,8 @@ def survey(problem: Problem, features: Tensor, counted: Tensor) -> tuple[Tensor,
     step = cached_rows(batch * heads, keys)
     for start in range(0, queries, step):
         own = slice(start, min(start + step, queries))
-        seen = min(own.stop, keys) if problem.is_causal else keys
-        scores = (problem.scale * problem.query[:, :, own]) @ columns[..., :seen]
-        bias = problem.bias(own.start, own.stop)
-        scores = scores if bias is None else scores.add_(bias[..., :seen])
+        scores = problem.scores(columns, own.start, own.stop)
+        seen = scores.shape[-1]
         top = scores.amax(dim=-1, keepdim=True)
         alive = top != -torch.inf
         # exp is tens of times slower where it underflows

@@ -14,10 +14,11 @@ from attn_callbacks.capture.exact.kernel import attend
 from attn_callbacks.capture.exact.pairs import PairMask
 from attn_callbacks.capture.rows import rows_at_once
 
-__all__ = ["Problem", "cached_rows", "cut", "in_parts"]
+__all__ = ["Problem", "cached_heads", "cached_rows", "cut", "in_parts"]
 
 _PART_BYTES = 48 * 2**20
-_CACHED = 2**18  # scores, 1 MB
+_CACHED = 2**19  # scores, 2 MB
+_ENOUGH = 128  # rows
 _SLICE = 128  # columns in the value slot of one call
 
 
@@ -146,6 +147,21 @@ class Problem:
         known = torch.zeros(1, 1, 1, 1, dtype=self.key.dtype, device=self.key.device) if bias is None else bias
         return torch.where(future, -torch.inf, known)
 
+    def scores(self, columns: Tensor, start: int, stop: int) -> Tensor:
+        """Make the scores of queries ``start..stop - 1``, without the keys behind the last of them if causal.
+
+        ``columns`` are the keys of every query head, ``(batch, heads, head_dim, keys)``.
+        """
+        seen = min(stop, columns.shape[-1]) if self.is_causal else columns.shape[-1]
+        scores: Tensor = (self.scale * self.query[:, :, start:stop]) @ columns[..., :seen]
+        bias = replace(self, is_causal=False).bias(start, stop)
+        if bias is not None:
+            scores = scores.add_(bias[..., :seen])
+        if self.is_causal and start < seen:  # only the last keys lie in the future of some of these queries
+            future = torch.ones(stop - start, seen - start, dtype=torch.bool, device=scores.device).triu(1)
+            scores[..., start:].masked_fill_(future, -torch.inf)
+        return scores
+
     def _step(self) -> int:
         """Queries in a block of a mask of pairs."""
         queries, keys = self.lengths
@@ -184,6 +200,12 @@ def cached_rows(maps: int, keys: int) -> int:
     return max(16, _CACHED // max(maps * keys, 1))
 
 
+def cached_heads(problem: Problem) -> int:
+    """Return of how many key heads a processor's cache holds enough rows for an efficient product."""
+    group = problem.query.shape[1] // max(problem.key.shape[1], 1)
+    return max(1, cached_rows(group, problem.lengths[1]) // _ENOUGH)
+
+
 def cut(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
     """Take samples and heads of a tensor that may be broadcast along either axis."""
     tensor = tensor[batch] if len(tensor) > 1 else tensor
@@ -191,7 +213,10 @@ def cut(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
 
 
 def in_parts(
-    problem: Problem, width: int, compute: Callable[[Problem, slice, slice], tuple[Tensor, ...]]
+    problem: Problem,
+    width: int,
+    compute: Callable[[Problem, slice, slice], tuple[Tensor, ...]],
+    most: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute statistics for some samples and heads at a time, so that many heads need no more memory than a few.
 
@@ -199,13 +224,14 @@ def in_parts(
         problem: The whole.
         width: Columns in the value slot.
         compute: Gets a part, its samples and its heads; returns tensors ``(batch, heads, ...)``.
+        most: Key heads at a time; ``None``: as many as a few megabytes hold.
     """
     batch, key_heads = problem.key.shape[:2]
     group = problem.query.shape[1] // max(key_heads, 1)
     queries, keys = problem.lengths
     widest = max(width, problem.query.shape[-1])
     each = 4 * widest * (2 * keys + 2 * group * queries)  # bytes a key head: keys, values, queries, output
-    most = max(1, _PART_BYTES // max(each, 1))
+    most = max(1, _PART_BYTES // max(each, 1)) if most is None else most
     samples, heads = (max(1, most // key_heads), key_heads) if most >= key_heads else (1, most)
     if samples >= batch and heads >= key_heads:
         return compute(problem, slice(0, batch), slice(0, key_heads * group))
