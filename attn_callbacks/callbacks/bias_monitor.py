@@ -208,7 +208,9 @@ class BiasMonitor(ValidationObserver):
         self.ledger.append(_entry(report, actions))
         self._monitored = {f"bias/{name}": value for name, value in _monitored(report).items()}
         if trainer.is_global_zero and not self._writer.off:
-            log_report(trainer, self._writer, self._folder, report, actions, self._monitored)
+            # in `trainer.validate` Lightning writes them: what it returns is what it logs
+            written = self._monitored if self._fitting else {}
+            log_report(trainer, self._writer, self._folder, report, actions, written)
 
     def _log_guidance(self, trainer: Trainer, module: LightningModule) -> None:
         for number, guided in enumerate(self._guided):

@@ -170,7 +170,8 @@ class HeadStatistics(ValidationObserver):
         self._monitored |= means
         if trainer.is_global_zero:
             with self._guarded():
-                self._write(trainer, result, importance, means)
+                # in `trainer.validate` Lightning writes them: what it returns is what it logs
+                self._write(trainer, result, importance, means if self._fitting else {})
 
     def _write(
         self,

@@ -182,4 +182,4 @@ def _zeroed(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _answer(values: Tensor, counted: Tensor, rows: Tensor | None = None) -> RowStatistic:
-    return RowStatistic(values, counted.expand(values.shape[:3]), rows)
+    return RowStatistic(values, counted.expand(values.shape[:3]).clone(), rows)

@@ -132,7 +132,7 @@ class AttentionCall(CallStatistics):
     def key_valid(self) -> Tensor:
         """``(batch, keys)``: ``True`` where some query may attend to the key."""
         given = self.given_key_valid
-        return cast(Tensor, self._remembered("key_valid", self._seen_keys)) if given is None else given
+        return cast(Tensor, self._remembered("key_valid", self._seen_keys)).clone() if given is None else given
 
     def with_valid(self, queries: Tensor | None = None, keys: Tensor | None = None) -> AttentionCall:
         """Return this call with known validity of its tokens.

@@ -83,8 +83,9 @@ class Posed(ABC):
 
     def _read(self, keeps_half: bool) -> Problem | None:
         """Return the problem; reading a mask of pairs takes a while."""
-        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())  # tensors made in one do not fit another
-        problem: Problem | None = self._remembered((keeps_half, *modes), lambda: self._problem(keeps_half))
+        # a problem read without gradients has none; the precision is a choice on a GPU only
+        key = ("problem", keeps_half and self.device.type == "cuda", torch.is_grad_enabled())
+        problem: Problem | None = self._remembered(key, lambda: self._problem(keeps_half))
         return problem
 
     def _counted(self, problem: Problem) -> Tensor:
@@ -99,8 +100,14 @@ class Posed(ABC):
         return known[key]
 
     def _known(self) -> dict[Hashable, Any]:
-        """What was found out about this call; forgotten when one of its tensors is changed in place."""
-        state = tuple(0 if tensor.is_inference() else tensor._version for tensor in self._tensors().values())
+        """What was found out about this call.
+
+        Forgotten when a tensor of it is changed in place (which inference tensors do not tell), when one begins or
+        ceases to need a gradient, and between inference mode and the rest, whose tensors do not fit each other.
+        """
+        tensors = self._tensors().values()
+        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        state = (versions, tuple(tensor.requires_grad for tensor in tensors), torch.is_inference_mode_enabled())
         if vars(self).get("_memory", ((), {}))[0] != state:
             vars(self)["_memory"] = (state, {})
         known: dict[Hashable, Any] = vars(self)["_memory"][1]

@@ -126,3 +126,11 @@ def test_tensorboard_pictures_decode(board: Any) -> None:
         picture = Image.open(io.BytesIO(event.encoded_image_string))
         assert picture.size == (event.width, event.height)
         assert len(np.unique(np.asarray(picture.convert("RGB")))) > 8
+
+
+def test_validation_alone_writes_each_value_once(tmp_path: Path) -> None:
+    module, trainer = Classifier(), quiet_trainer(tmp_path, watchers(), logger=board_logger(tmp_path))
+    (returned,) = trainer.validate(module, loader(), verbose=False)
+    board = events(tmp_path / "board")
+    for tag in ("heads/entropy_mean", "bias/accuracy"):
+        assert [event.value for event in board.Scalars(tag)] == [pytest.approx(returned[tag])]
