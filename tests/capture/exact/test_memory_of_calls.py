@@ -81,6 +81,6 @@ def test_copies_do_not_remember() -> None:
         pickle.loads(pickle.dumps(call)),
         call.detach(),
         call.select(0),
-    ):  # noqa: S301
+    ):
         assert "_memory" not in vars(other)
         other.summary()
