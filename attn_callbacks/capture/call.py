@@ -223,11 +223,13 @@ class AttentionCall(CallStatistics):
 
     def _seen_keys(self) -> Tensor:
         batch, _, queries, keys = self.shape
+        tensor = self.mask if self.query is not None else self._source
+        is_long = tensor is not None and tensor.shape[-2] > 1 and queries * keys > _LONG
         # a mask function has no tensor yet, and of a long mask no second one is made
-        in_chunks = self.mask_mod is not None or queries * keys > _LONG
-        rows = row_chunks(self.shape, self.device) if in_chunks else [None]
-        seen = [self._unmasked(own).any(dim=-2).any(dim=1) for own in rows]
-        valid = torch.stack(seen).any(dim=0).expand(batch, keys)
+        chunks = row_chunks(self.shape, self.device) if self.mask_mod is not None or is_long else [None]
+        valid = torch.zeros(batch, keys, dtype=torch.bool, device=self.device)
+        for rows in chunks:
+            valid = valid | self._unmasked(rows).any(dim=-2).any(dim=1)
         return valid & (torch.arange(keys, device=self.device) < queries) if self.is_causal else valid
 
     def _bias(self, rows: Tensor | None) -> Tensor | None:

@@ -140,6 +140,13 @@ def test_nor_do_gradients_under_a_mask_of_pairs(name: str, monkeypatch: pytest.M
     assert peak_bytes(run) < 4 * N * N  # bytes: one map of float32
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_known_keys_of_a_long_sequence_take_no_map(is_causal: bool) -> None:
+    query = torch.zeros(1, 1, 2**15, 1).expand(1, 12, -1, -1)
+    call = AttentionCall("a", query=query, key=query, is_causal=is_causal)
+    assert peak_bytes(lambda: call.key_valid) < 2**20
+
+
 def test_the_meter_sees_a_map() -> None:
     call = long(is_causal=True)
     assert peak_bytes(call.allowed) >= N * N
