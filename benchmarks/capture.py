@@ -117,7 +117,9 @@ def _against_maps(block: str, bound: float, predicted: float, of: str, what: str
         on_cuda=on_cuda,
         predicted=predicted,
         limit="fused / eager of the attention's part, 0.11 to 0.25, plus the rest of the step, which is the same",
-        between="the rest of the step",
+        between="the rest of the step"
+        if of == SAMPLED
+        else "distance and far mass: two more fused calls for each head",
         block=block,
         of=(of, RETURNED),
     )
