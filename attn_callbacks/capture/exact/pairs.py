@@ -22,6 +22,7 @@ class PairMask:
         read_keys: The same for a block of keys, with the axes of queries and keys swapped.
         maps: Number of samples and of heads in a block; 1 where all have the same mask.
         has_bias: Some finite entries differ from zero, or may do so.
+        source: The mask itself, if it is a tensor.
 
     Shape:
         - read: ``(batch | 1, heads | 1, stop - start, keys)``
@@ -31,10 +32,11 @@ class PairMask:
     read_keys: Callable[[int, int], Tensor]
     maps: tuple[int, int]
     has_bias: bool
+    source: Tensor | None = None
 
     def transposed(self) -> PairMask:
         """Return the mask with queries and keys swapped."""
-        return PairMask(self.read_keys, self.read, self.maps, self.has_bias)
+        return replace(self, read=self.read_keys, read_keys=self.read)
 
     def scaled(self, factor: float) -> PairMask:
         """Return the mask with its biases times ``factor``."""
@@ -57,11 +59,10 @@ class PairMask:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> PairMask:
         read, read_keys = self.read, self.read_keys
-        return PairMask(
-            lambda start, stop: change(read(start, stop)),
-            lambda start, stop: change(read_keys(start, stop)),
-            self.maps,
-            self.has_bias,
+        return replace(
+            self,
+            read=lambda start, stop: change(read(start, stop)),
+            read_keys=lambda start, stop: change(read_keys(start, stop)),
         )
 
 
@@ -76,6 +77,7 @@ def masked_pairs(mask: Tensor, additive: Callable[[Tensor], Tensor]) -> PairMask
         read_keys=lambda start, stop: additive(mask[..., start:stop].transpose(-2, -1)),
         maps=(mask.shape[0], mask.shape[1]),
         has_bias=mask.is_floating_point(),
+        source=mask,
     )
 
 

@@ -144,7 +144,7 @@ def _mass_of_pairs(problem: Problem, inside: Callable[[Tensor], Tensor], reach: 
         shares = (scores.where(chosen, 0.0) - rest.where(chosen, 0.0)).clamp(-80.0, 0.0).exp() * chosen
         return (shares.sum(dim=-1),)
 
-    return in_blocks(queries, _band_rows(problem, min(reach, keys)), mass, is_live(problem))[0]
+    return in_blocks(queries, _band_rows(problem, min(reach, keys)), mass, is_live(problem), problem.tensors())[0]
 
 
 def _band_rows(problem: Problem, reach: int) -> int:

@@ -58,6 +58,11 @@ class Problem:
         """Numbers of queries and keys."""
         return self.query.shape[2], self.key.shape[2]
 
+    def tensors(self) -> list[Tensor]:
+        """What it is made of."""
+        source = None if self.pairs is None else self.pairs.source
+        return [tensor for tensor in (self.query, self.key, self.key_bias, source) if tensor is not None]
+
     def choices(self) -> Tensor:
         """Count the keys that each query may attend to, ``(batch | 1, heads | 1, queries)``."""
         queries, keys = self.lengths
@@ -191,7 +196,7 @@ class Problem:
 
         tensors = (self.query, self.key, value)
         keeps_graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        output, logsumexp = in_blocks(queries, self._step(), block, keeps_graph)
+        output, logsumexp = in_blocks(queries, self._step(), block, keeps_graph, self.tensors())
         return output, logsumexp
 
 

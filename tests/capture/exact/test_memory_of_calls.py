@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from attn_callbacks.capture import AttentionCall
+from attn_callbacks.capture import AttentionCall, rows
 from tests.capture.exact.cases import attention
 
 ASKED = ("max_logit", "entropy", "mean_position", "confidence", "first_mass")
@@ -84,3 +84,16 @@ def test_copies_do_not_remember() -> None:
     ):
         assert "_memory" not in vars(other)
         other.summary()
+
+
+@pytest.mark.parametrize("name", ["mean_position", "entropy", "received_mass"])
+def test_a_change_before_the_backward_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are computed again: with another mask their gradient would be that of something else."""
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 64)
+    mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(2)
+    query = torch.randn(1, 2, 40, 8, requires_grad=True)
+    call = AttentionCall("a", query=query, key=torch.randn(1, 2, 40, 8), mask=mask)
+    answer = getattr(call, name)()
+    mask.fill_(True)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        (answer if isinstance(answer, torch.Tensor) else answer.values).sum().backward()
