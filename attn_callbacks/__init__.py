@@ -13,11 +13,28 @@ if TYPE_CHECKING:
     from attn_callbacks.bias import BiasReport
     from attn_callbacks.callbacks import AttentionHeatmaps, BiasMonitor, HeadStatistics
     from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder, record
-    from attn_callbacks.feedback import AttentionGuidance, ClassReweighting
+    from attn_callbacks.feedback import (
+        AdversarialTraining,
+        AttentionGuidance,
+        ClassReweighting,
+        DynamicDistributedSampler,
+        EnsembleFeedback,
+        FeatureRegularization,
+        Feedback,
+        GroupReweighting,
+        InputGradientPenalty,
+        LossBalancing,
+        MaskRandomization,
+        RandomLossWeights,
+        RandomRationaleControl,
+        Resampling,
+        StaticInverseFrequency,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdversarialTraining": "feedback",
     "AttentionCall": "capture",
     "AttentionGuidance": "feedback",
     "AttentionHeatmaps": "callbacks",
@@ -27,11 +44,24 @@ _HOMES = {
     "BiasMonitor": "callbacks",
     "BiasReport": "bias",
     "ClassReweighting": "feedback",
+    "DynamicDistributedSampler": "feedback",
+    "EnsembleFeedback": "feedback",
+    "FeatureRegularization": "feedback",
+    "Feedback": "feedback",
+    "GroupReweighting": "feedback",
     "HeadStatistics": "callbacks",
+    "InputGradientPenalty": "feedback",
+    "LossBalancing": "feedback",
+    "MaskRandomization": "feedback",
+    "RandomLossWeights": "feedback",
+    "RandomRationaleControl": "feedback",
+    "Resampling": "feedback",
+    "StaticInverseFrequency": "feedback",
     "record": "capture",
 }
 
 __all__ = [
+    "AdversarialTraining",
     "AttentionCall",
     "AttentionGuidance",
     "AttentionHeatmaps",
@@ -41,7 +71,19 @@ __all__ = [
     "BiasMonitor",
     "BiasReport",
     "ClassReweighting",
+    "DynamicDistributedSampler",
+    "EnsembleFeedback",
+    "FeatureRegularization",
+    "Feedback",
+    "GroupReweighting",
     "HeadStatistics",
+    "InputGradientPenalty",
+    "LossBalancing",
+    "MaskRandomization",
+    "RandomLossWeights",
+    "RandomRationaleControl",
+    "Resampling",
+    "StaticInverseFrequency",
     "record",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class BatchSchema:
         relevance: ``True`` on tokens that should decide, ``(samples, tokens)``.
         spurious: ``True`` on tokens that must not decide, ``(samples, tokens)``.
         group: Index of the group of each sample, ``(samples,)``.
+        sets: Further token sets by name, each ``True`` on its tokens, ``(samples, tokens)``: names, hashtags, a region.
 
     Example:
         >>> schema = BatchSchema(target="y", group=lambda batch: batch["y"] % 2)
@@ -64,16 +65,27 @@ class BatchSchema:
     relevance: Reader = None
     spurious: Reader = None
     group: Reader = None
+    sets: Mapping[str, Reader] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            reader = getattr(self, field.name)
+        if not isinstance(self.sets, Mapping):
+            raise TypeError(f"`sets` must map names to keys or functions of the batch, got {self.sets!r}.")
+        taken = sorted(name for name in self.sets if name in _KEYS)
+        if taken:
+            raise ValueError(f"`sets` must not use the names of other fields, got {taken}.")
+        readers = {known.name: getattr(self, known.name) for known in fields(self) if known.name != "sets"}
+        for name, reader in {**readers, **self.sets}.items():
             if reader is not None and not isinstance(reader, (str, int)) and not callable(reader):
-                raise TypeError(f"`{field.name}` must be a key, a position or a function of the batch, got {reader!r}.")
+                raise TypeError(f"`{name}` must be a key, a position or a function of the batch, got {reader!r}.")
 
     def __repr__(self) -> str:
-        given = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return f"BatchSchema({', '.join(f'{name}={reader!r}' for name, reader in given if reader is not None)})"
+        given = ((known.name, getattr(self, known.name)) for known in fields(self))
+        return f"BatchSchema({', '.join(f'{name}={value!r}' for name, value in given if value not in (None, {}))})"
+
+    @property
+    def token_sets(self) -> tuple[str, ...]:
+        """Names of all token sets that a batch may mark: ``relevance``, ``spurious`` and :attr:`sets`."""
+        return ("relevance", "spurious", *self.sets)
 
     def read(self, field: str, batch: Any) -> Any:
         """Return what ``field`` names in ``batch``, or ``None`` if it was left to the defaults and is not there.
@@ -81,9 +93,9 @@ class BatchSchema:
         Raises:
             KeyError: If the schema names a key or a position that the batch does not have.
         """
-        reader = getattr(self, field)
+        reader = self.sets[field] if field in self.sets else getattr(self, field)
         if reader is None:
-            return _usual(field, batch)
+            return None if field in self.sets else _usual(field, batch)
         if callable(reader):
             return reader(batch)
         return _named(field, reader, batch)
@@ -94,7 +106,7 @@ class BatchSchema:
         return next((size for part in found if (size := _length(part))), None)
 
     def flags(self, field: str, batch: Any) -> Tensor | None:
-        """Return a token field (``valid``, ``relevance``, ``spurious``) as bool ``(samples, tokens)``."""
+        """Return a token field (``valid``, ``spurious``, one of ``sets``, ...) as bool ``(samples, tokens)``."""
         found = self.read(field, batch)
         return None if found is None else torch.as_tensor(found).bool()
 
@@ -105,7 +117,12 @@ class BatchSchema:
             return found if isinstance(found, Tensor) else None
         if self.logits is not None:
             return _tensor(_part(output, self.logits))
-        for candidate in (output, *reversed(forwarded)):
+        found = _tensor(_part(output, "logits"))
+        return self.forward_logits(forwarded) if found is None else found
+
+    def forward_logits(self, forwarded: Sequence[Any]) -> Tensor | None:
+        """Find logits ``(samples, classes)`` among what modules returned, the last first."""
+        for candidate in reversed(forwarded):
             found = _tensor(_part(candidate, "logits"))
             if found is not None:
                 return found

@@ -48,7 +48,7 @@ def story(ledger: Sequence[Mapping[str, Any]]) -> str:
         worst = next(name for name in ("worst_group_accuracy", "worst_class_recall") if name in entry)
         seen = ", ".join(f"{name.replace('_', ' ')} {entry[name]:.2f}" for name in ("accuracy", worst, "gap"))
         lines += [f"  epoch {entry['epoch']}, step {entry['step']:3d}: {seen}"]
-        lines += [f"      fed back: {action}" for action in entry["actions"]]
+        lines += [f"      {each['feedback']}: {each['action']}" for each in entry["decisions"]]
     return "\n".join(lines)
 
 

@@ -7,27 +7,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_callbacks.bias._held import check_axes_of, hold
 from attn_callbacks.bias.rates import rate_error
 
 __all__ = ["AttentionShare"]
+
+_BY_OUTCOME = ("outcome_mass", "outcome_support", "outcome_error")
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionShare:
     """Attention on a token set, class by class; held in float64 on the CPU.
 
-    Mass is not reliance: a model may look at a token and not use it. Mask the set and measure the drop as well.
+    Mass is not reliance: a model may look at a token and not use it. :class:`Reliance` measures the drop as well.
 
     Args:
         mass: Mean attention mass on the set; NaN for a class without samples.
         lift: Mass over the set's share of the tokens: 1 is chance.
         support: Number of samples that hold a token of the set.
+        error: Standard error of ``mass``, where it was measured.
+        outcome_mass: Mean mass in wrong and in right predictions.
+        outcome_support: Number of samples behind each.
+        outcome_error: Standard error of each.
 
     Shape:
-        - mass, lift, support: ``(classes,)``
+        - mass, lift, support, error: ``(classes,)``
+        - outcome_mass, outcome_support, outcome_error: ``(classes, 2)``, wrong before right
 
     Raises:
-        ValueError: If the shapes differ or have more than one axis.
+        ValueError: If the shapes do not fit together, or some but not all of the outcome fields are given.
 
     Example:
         >>> share = AttentionShare(torch.tensor([0.3, 0.1]), torch.tensor([3.0, 1.0]), torch.tensor([50, 40]))
@@ -38,14 +46,26 @@ class AttentionShare:
     mass: Tensor
     lift: Tensor
     support: Tensor
+    error: Tensor | None = None
+    outcome_mass: Tensor | None = None
+    outcome_support: Tensor | None = None
+    outcome_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         shapes = [tuple(values.shape) for values in (self.mass, self.lift, self.support)]
         if len(set(shapes)) > 1 or len(shapes[0]) != 1:
             raise ValueError(f"`mass`, `lift` and `support` must all have shape (classes,), got {shapes}.")
-        for name, dtype in (("mass", torch.float64), ("lift", torch.float64), ("support", torch.int64)):
-            # a copy: the accumulator it came from goes on counting
-            object.__setattr__(self, name, getattr(self, name).detach().to("cpu", dtype, copy=True))
+        if self.error is not None:
+            check_axes_of("error", self.error, shapes[0])
+        given = {name: getattr(self, name) for name in _BY_OUTCOME if getattr(self, name) is not None}
+        if given and len(given) < len(_BY_OUTCOME):
+            raise ValueError(f"`outcome_mass`, `outcome_support` and `outcome_error` go together, got {list(given)}.")
+        for name, tensor in given.items():
+            check_axes_of(name, tensor, (*shapes[0], 2))
+        for name in ("mass", "lift", "error", "outcome_mass", "outcome_error"):
+            hold(self, name, torch.float64)
+        for name in ("support", "outcome_support"):
+            hold(self, name, torch.int64)
 
     @property
     def chance(self) -> Tensor:
@@ -54,9 +74,13 @@ class AttentionShare:
 
     @property
     def mass_error(self) -> Tensor:
-        """Standard error of :attr:`mass` at most, ``(classes,)``: masses spread less than hits and misses."""
-        return rate_error(self.mass, self.support)
+        """Standard error of :attr:`mass`, ``(classes,)``.
 
-    def to_dict(self) -> dict[str, Tensor]:
-        """Return the three tensors by name."""
-        return {"mass": self.mass, "lift": self.lift, "support": self.support}
+        Where it was not measured, what it is at most: masses spread less than hits and misses.
+        """
+        bound = rate_error(self.mass, self.support)
+        return bound if self.error is None else self.error.where(~self.error.isnan(), bound)
+
+    def to_dict(self) -> dict[str, Tensor | None]:
+        """Return the tensors by name, ``None`` for those not measured."""
+        return {name: getattr(self, name) for name in ("mass", "lift", "support", "error", *_BY_OUTCOME)}

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.callbacks._loggers import can_log, log_point, log_text, with_epoch
 from attn_callbacks.callbacks._writer import BackgroundWriter
+from attn_callbacks.feedback import Action
+from attn_callbacks.feedback.ledger import Ledger
 from attn_callbacks.render import confusion_picture
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ def log_report(
     writer: BackgroundWriter,
     folder: Path | None,
     report: BiasReport,
-    actions: Sequence[str],
+    ledger: Ledger,
+    actions: Mapping[str, Sequence[Action]],
     monitored: Mapping[str, float],
 ) -> None:
     """Write everything, where there is a logger. Call it on rank zero.
@@ -34,7 +37,8 @@ def log_report(
         writer: Draws in the background; what failed there is left out.
         folder: Folder of the run.
         report: What was found.
-        actions: What was done about it.
+        ledger: All decisions so far.
+        actions: What each feedback did about it, by its name.
         monitored: Tag and value of what models are selected by.
     """
     if not can_log(trainer):
@@ -48,15 +52,39 @@ def log_report(
     )
     scalars = with_epoch(trainer, {**monitored, **dict(_scalars(report))})
     log_point(trainer, writer, folder, {"bias/confusion": writer.submit(draw)}, scalars)
-    text = report.summary()
-    if actions:
-        text = "\n".join([text, "", "**Fed back**", "", *(f"- {action}" for action in actions)])
-    log_text(trainer, "bias/summary", text)
+    log_text(trainer, "bias/summary", "\n".join([report.summary(), *_decided(ledger, actions)]))
     if folder is not None:
         path = folder / "attention" / "bias.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**report.to_dict(), "actions": list(actions)}) + "\n")
+            file.write(json.dumps(report.to_dict()) + "\n")
+        # written anew each time: the effect of a decision is known one validation after it
+        lines = "".join(json.dumps(line) + "\n" for line in ledger.lines())
+        path.with_name("ledger.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _decided(ledger: Ledger, actions: Mapping[str, Sequence[Action]]) -> Iterator[str]:
+    """Say what was done, and what came of what was done before."""
+    now = ledger.entries[-1]
+    if now["note"]:
+        yield from ("", now["note"])
+    if actions:
+        yield from ("", "**Would be fed back** (dry run)" if _is_dry(now) else "**Fed back**", "")
+        yield from (f"- {name}: {action}" for name, made in actions.items() for action in made)
+    known = [decision for entry in ledger.entries[-2:-1] for decision in entry["decisions"] if decision["effect"]]
+    if known:
+        yield from ("", "**Effect of the validation before**", "")
+        yield from (_effect(decision) for decision in known)
+
+
+def _is_dry(entry: Mapping[str, Any]) -> bool:
+    return any(decision["dry_run"] for decision in entry["decisions"])
+
+
+def _effect(decision: Mapping[str, Any]) -> str:
+    finding, effect = decision["finding"], decision["effect"]
+    what = f"{decision['feedback']}: {finding['kind']} finding {finding['where']}"
+    return f"- {what} {finding['size']:.2f} -> {finding['size'] + effect:.2f} ({effect:+.2f})"
 
 
 def _scalars(report: BiasReport) -> Iterator[tuple[str, float]]:

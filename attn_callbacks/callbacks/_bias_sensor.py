@@ -1,31 +1,34 @@
-"""What BiasMonitor counts: predictions by group and class, attention on token sets, and what training was fed."""
+"""What BiasMonitor measures: predictions, attention on token sets, reliance on them, and what goes along with errors."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_callbacks.batch import BatchSchema
-from attn_callbacks.bias import AttentionShare, BiasReport
+from attn_callbacks.bias import BiasReport
+from attn_callbacks.callbacks._bias_report import build_report
+from attn_callbacks.callbacks._bias_sums import BiasSums
 from attn_callbacks.callbacks._fed import MOST_GROUPS, FedCounts
+from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._layers import drawn_rows, known_tokens
+from attn_callbacks.callbacks._reliance_probe import RelianceProbe
+from attn_callbacks.callbacks._token_names import PLACES, TokenNames, token_numbers
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.functional import attention_mass, target_share
-from attn_callbacks.metrics import ClassMass, GroupConfusion
 
 if TYPE_CHECKING:
-    from pytorch_lightning.strategies import Strategy
+    from pytorch_lightning import Trainer
 
 __all__ = ["BiasSensor"]
-
-_TOKEN_SETS = ("relevance", "spurious")
 
 
 @dataclass
@@ -34,13 +37,15 @@ class _Step:
 
     valid: Tensor | None
     sets: dict[str, Tensor]
+    probed: bool = False  # reliance and association are measured on it
     masses: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     shares: dict[str, Tensor] = field(default_factory=dict)
+    received: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
 
 
 class BiasSensor:
-    """Add up one validation after the other; knows batches and steps, not the Trainer.
+    """Add up one validation after the other; knows batches and steps.
 
     Args:
         schema: Where a batch has what.
@@ -48,51 +53,90 @@ class BiasSensor:
         groups: Names of the groups; empty: numbers, at most 64.
         rows: Query rows looked at in each sequence.
         min_support: Samples below which nothing is concluded.
+        probes: Batches on which reliance and association are measured.
+        tokenizer: Names tokens.
     """
 
     def __init__(
-        self, schema: BatchSchema, classes: Sequence[str], groups: Sequence[str], rows: int, min_support: int
+        self,
+        schema: BatchSchema,
+        classes: Sequence[str],
+        groups: Sequence[str],
+        rows: int,
+        min_support: int,
+        probes: int,
+        tokenizer: Any,
     ) -> None:
         self.fed = FedCounts()
-        self._schema = schema
+        self.broken = 0  # samples of the last report that were left out: their logits are not finite
+        self._schema, self._tokenizer = schema, tokenizer
         self._classes, self._groups = tuple(classes), tuple(groups)
-        self._rows, self._min_support = rows, min_support
+        self._rows, self._min_support, self._probes = rows, min_support, probes
         self._generator = torch.Generator()
         self._has_logits = False  # the step returns them: learned at the first batch
-        self.broken = 0  # samples of the last report that were left out: their logits are not finite
+        self._probe_guard = Guard("The measurement of reliance by `BiasMonitor`")
+        self._names = TokenNames()
         self.reset()
 
     def reset(self, seed: int = 0) -> None:
         """Start a validation."""
         self._generator.manual_seed(seed)
-        self._confusion: GroupConfusion | None = None
+        sets = self._schema.token_sets
+        names = [f"{kind}/{name}" for kind in ("mass", "reliance") for name in sets]
+        self._sums = BiasSums(("confusion", "calibration", "attention", "association", *names))
         self._broken: Tensor | int = 0
-        self._masses: dict[str, ClassMass] = {}
+        self._seen, self._samples, self._every = 0, 0, 1
+        self._probe: RelianceProbe | None = None
         self._step = _Step(None, {})
+
+    def expect(self, module: nn.Module, batches: float) -> None:
+        """Spread what costs more than looking over the batches to come."""
+        self._every = max(1, math.ceil(batches / max(self._probes, 1))) if math.isfinite(batches) else 1
+        self._names = TokenNames.of(module)
+        asked = [name for name in self._schema.token_sets if name != "relevance"]
+        self._probe = RelianceProbe(module, self._schema, asked) if self._probes else None
 
     def begin(self, batch: Any) -> None:
         """Read what the next step is going to show."""
-        sets = {name: mask for name in _TOKEN_SETS if (mask := self._schema.flags(name, batch)) is not None}
-        self._step = _Step(self._schema.flags("valid", batch), sets)
+        marked = {name: self._schema.flags(name, batch) for name in self._schema.token_sets}
+        sets = {name: mask for name, mask in marked.items() if mask is not None}
+        number, self._seen = self._seen, self._seen + 1
+        probed = number % self._every == 0 and number // self._every < self._probes
+        self._step = _Step(self._schema.flags("valid", batch), sets, probed)
 
     @contextmanager
-    def listen(self, recorder: QuietRecorder) -> Iterator[None]:
+    def listen(self, recorder: QuietRecorder, batch: Any) -> Iterator[None]:
         """Listen to one validation step as far as its batch calls for it."""
-        watch = recorder.watch() if self._step.sets else nullcontext()
-        forward = nullcontext() if self._has_logits else forward_outputs(recorder.model, self._step.outputs)
-        with watch, forward:
+        step = self._step
+        with ExitStack() as stack:
+            if step.sets or step.probed:
+                recorder.required = bool(step.sets)  # many models have none, and marked no tokens either
+                stack.enter_context(recorder.watch())
+            if not self._has_logits:
+                stack.enter_context(forward_outputs(recorder.model, step.outputs))
+            if step.probed and step.sets and self._probe is not None:
+                stack.enter_context(self._probe.watch(batch))
             yield
 
     def measure(self, call: AttentionCall) -> None:
-        """Measure the attention of a call on the marked tokens."""
-        call = known_tokens(call, self._step.valid)
+        """Measure the attention of a call on the marked tokens, and on each token."""
+        step = self._step
+        call = known_tokens(call, step.valid)
+        if call.is_cross:
+            return
+        fitting = {name: mask for name, mask in step.sets.items() if mask.shape == (call.shape[0], call.shape[3])}
+        if not fitting and not step.probed:
+            return
         rows, real = drawn_rows(call, self._rows, self._generator)
-        for name, mask in self._step.sets.items():
-            if call.is_cross or mask.shape != (call.shape[0], call.shape[3]):
-                continue  # other tokens than the ones marked
-            mass = attention_mass(call.weights(rows), mask, call.key_valid, row_valid=real)
-            self._step.masses[name].append(mass.nanmean(dim=1))
-            self._step.shares[name] = target_share(mask, call.key_valid)
+        weights = call.weights(rows)
+        for name, mask in fitting.items():
+            mass = attention_mass(weights, mask, call.key_valid, row_valid=real)
+            step.masses[name].append(mass.nanmean(dim=1))
+            step.shares[name] = target_share(mask, call.key_valid)
+        if step.probed:
+            counted = real.to(weights.dtype)[:, None, :, None]
+            total = (weights * counted).sum(dim=2) / counted.sum(dim=2).clamp(min=1)
+            step.received.append((total.mean(dim=1), call.key_valid))  # (batch, keys)
 
     def add(self, output: Any, batch: Any) -> None:
         """Count the batch whose step was listened to.
@@ -105,79 +149,102 @@ class BiasSensor:
         logits, target = self._schema.step_logits(output, step.outputs), self._schema.read("target", batch)
         if logits is None or target is None:
             raise ValueError(_missing("logits" if logits is None else "target"))
-        predicted, classes = _predicted(logits)
-        target = self._left_out(logits, torch.as_tensor(target, device=logits.device))
-        if self._classes and classes > len(self._classes):
-            raise ValueError(f"`classes` must name all {classes} classes of the logits, got {self._classes}.")
+        scores = _class_scores(logits)
+        target = self._left_out(scores, torch.as_tensor(target, device=scores.device))
         group = self._schema.read("group", batch)
-        if self._confusion is None:
-            groups = 1 if group is None else len(self._groups) or MOST_GROUPS
-            self._confusion = GroupConfusion(max(classes, len(self._classes)), groups).to(logits.device)
-        self._confusion.update(predicted, target, group)
+        self._make_room(scores.shape[1], group)
+        predicted, device = scores.argmax(dim=-1), scores.device
+        self._sums.metric("confusion", device).update(predicted, target, group)
+        self._sums.metric("calibration", device).update(scores, target, group)
+        right = predicted == target
         for name, masses in step.masses.items():
-            if name not in self._masses:
-                self._masses[name] = ClassMass(self._confusion.num_classes).to(logits.device)
-            self._masses[name].update(torch.stack(masses).nanmean(dim=0), step.shares[name], target)
+            mass = torch.stack(masses).nanmean(dim=0)
+            self._sums.metric(f"mass/{name}", device).update(mass, step.shares[name], target, right)
+        if step.probed:
+            self._associate(step, batch, right, target)
+            if step.sets and self._probe is not None:
+                with self._probe_guard.block():
+                    self._probe.keep(batch)
+        self._samples += len(target)
 
-    def _left_out(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Ignore samples for which a diverged model predicts nothing; the largest of several NaN is class 0."""
-        finite = logits.reshape(len(logits), -1).isfinite().all(dim=1)
-        self._broken = self._broken + (~finite).sum()
-        return target.where(finite, -1) if target.shape == finite.shape else target
-
-    def report(self, epoch: int, step: int, strategy: Strategy, *, failed: bool) -> BiasReport | None:
+    def report(self, trainer: Trainer, *, failed: bool) -> BiasReport | None:
         """Reduce over processes and conclude; every process must call it.
 
         Args:
-            epoch: Epoch of training.
-            step: Optimiser steps taken.
-            strategy: Reduces over processes.
+            trainer: The Trainer.
             failed: This process could not count all of its batches.
 
         Returns:
             The same report everywhere; ``None`` if a process failed or none saw a batch.
         """
-        own, device = self._confusion, strategy.root_device
-        sizes = [own.num_classes, own.num_groups] if own else [0, 0]
-        marked = [int(name in self._masses) for name in _TOKEN_SETS]
-        agreed = strategy.reduce(torch.tensor([int(failed), *sizes, *marked], device=device), reduce_op="max")
-        any_failed, classes, groups, *seen = agreed.tolist()
-        self.broken = int(strategy.reduce(torch.as_tensor(self._broken, device=device), reduce_op="sum"))
-        if any_failed or not classes:
+        if not failed:
+            self._measure_reliance(trainer)
+        gathered = self._sums.gathered(trainer.strategy, failed=failed, broken=int(self._broken))
+        self.fed.gather(trainer.strategy)
+        if gathered is None:
             return None
-        counts = (own or GroupConfusion(classes, groups).to(device)).compute().cpu()
-        sets = [name for name, found in zip(_TOKEN_SETS, seen, strict=True) if found]
-        attention = {name: self._share(name, classes, device) for name in sets}
-        shown = len(self._groups) or _last_used(counts)
-        self.fed.gather(strategy)
-        return BiasReport(
-            epoch=epoch,
-            step=step,
-            counts=counts[:shown],
-            class_names=self._classes or tuple(map(str, range(classes))),
-            group_names=("all",) if groups == 1 else self._groups or tuple(f"group {n}" for n in range(shown)),
-            train_counts=self.fed.counts(shown, classes),
-            attention=attention,
+        sizes, metrics, self.broken = gathered
+        return build_report(
+            trainer.current_epoch,
+            trainer.global_step,
+            metrics,
+            class_names=self._classes or tuple(map(str, range(sizes.classes))),
+            group_names=None if sizes.groups == 1 else self._groups,
+            fed=self.fed,
             min_support=self._min_support,
+            token_name=self._names.namer(self._tokenizer, sizes.tokens),
+            examples=self._names.examples(self._tokenizer),
+            are_places=sizes.tokens == PLACES,
         )
 
-    def _share(self, name: str, classes: int, device: torch.device) -> AttentionShare:
-        metric = self._masses.get(name) or ClassMass(classes).to(device)
-        return AttentionShare(*(tensor.cpu() for tensor in metric.compute()))
+    def _make_room(self, classes: int, group: Any) -> None:
+        if self._classes and classes > len(self._classes):
+            raise ValueError(f"`classes` must name all {classes} classes of the logits, got {self._classes}.")
+        groups = 1 if group is None else len(self._groups) or MOST_GROUPS
+        if not self._sums.sizes.classes:
+            self._sums.sizes = self._sums.sizes._replace(classes=max(classes, len(self._classes)), groups=groups)
+
+    def _associate(self, step: _Step, batch: Any, right: Tensor, target: Tensor) -> None:
+        """Note which tokens, or which places, attention falls on in right and in wrong samples."""
+        fitting = [pair for pair in step.received if len(pair[0]) == len(target)]
+        same = [pair for pair in fitting if pair[0].shape == fitting[0][0].shape]
+        if not same:
+            return
+        received, valid = torch.stack([mean for mean, _ in same]).mean(dim=0), same[0][1]
+        tokens = token_numbers(self._schema, batch, received, self._names.room(places=False))
+        if tokens is None:
+            self._names.see(self._schema.read("image", batch), received.shape[1])
+        else:
+            self._names.note(tokens, valid, ~right & (target >= 0), self._samples)
+        self._sums.sizes = self._sums.sizes._replace(tokens=self._names.room(places=tokens is None))
+        ids = torch.arange(received.shape[1], device=received.device).expand_as(received) if tokens is None else tokens
+        self._sums.metric("attention", received.device).update(received, valid, target)
+        self._sums.metric("association", received.device).update(received, ids, valid, right, target)
+
+    def _measure_reliance(self, trainer: Trainer) -> None:
+        if self._probe is None:
+            return
+        with self._probe_guard.block():
+            for found in self._probe.run(self._generator, trainer.precision_plugin.val_step_context):
+                before, after = _class_scores(found.before).argmax(dim=-1), _class_scores(found.after).argmax(dim=-1)
+                metric = self._sums.metric(f"reliance/{found.name}", before.device)
+                metric.update(before, after, found.target, found.present)
+
+    def _left_out(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Ignore samples for which a diverged model predicts nothing; the largest of several NaN is class 0."""
+        finite = logits.isfinite().all(dim=1)
+        self._broken = self._broken + (~finite).sum()
+        return target.where(finite, -1) if target.shape == finite.shape else target
 
 
-def _predicted(logits: Tensor) -> tuple[Tensor, int]:
-    """Predicted classes and their number; one logit a sample is a binary classifier."""
-    if logits.ndim == 1 or logits.shape[-1] == 1:
-        return (logits.reshape(-1) > 0).long(), 2
+def _class_scores(logits: Tensor) -> Tensor:
+    """Return ``(samples, classes)``; one logit a sample is a binary classifier."""
+    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[-1] == 1):
+        positive = logits.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(positive), positive], dim=1)
     if logits.ndim != 2:
         raise ValueError(f"`logits` must have shape (samples, classes), got {tuple(logits.shape)}.")
-    return logits.argmax(dim=-1), logits.shape[-1]
-
-
-def _last_used(counts: Tensor) -> int:
-    used = counts.sum(dim=(1, 2)).nonzero()
-    return int(used.max()) + 1 if len(used) else 1
+    return logits
 
 
 def _missing(part: str) -> str:

@@ -14,6 +14,7 @@ from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._arguments import ArgumentsOnly
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._loggers import can_log, run_folder
+from attn_callbacks.callbacks._validation_loader import loader_index
 from attn_callbacks.callbacks._steps import StepTap, tap_step
 from attn_callbacks.callbacks._writer import BackgroundWriter
 
@@ -24,22 +25,31 @@ __all__ = ["ValidationObserver"]
 
 
 class ValidationObserver(ArgumentsOnly, Callback):
-    """Looks at the steps of the first validation loader; inert, after one warning, where no logger keeps what it finds.
+    """Looks at the steps of one validation loader; inert, after one warning, where no logger keeps what it finds.
 
     Args:
         schema: Where a batch has what.
         every_n_epochs: Look after every n-th epoch of training.
         every_n_batches: Look at every n-th batch.
+        dataloader: Validation loader to look at, by its index or, where loaders are a dict, by its name.
     """
 
     _needs_logger = True
 
-    def __init__(self, schema: BatchSchema | None, every_n_epochs: int = 1, every_n_batches: int = 1) -> None:
+    def __init__(
+        self,
+        schema: BatchSchema | None,
+        every_n_epochs: int = 1,
+        every_n_batches: int = 1,
+        dataloader: int | str = 0,
+    ) -> None:
         if schema is not None and not isinstance(schema, BatchSchema):
             raise TypeError(f"`schema` must be a `BatchSchema`, got {schema!r}. Write BatchSchema(...).")
         self.schema = schema or BatchSchema()
         self.every_n_epochs = at_least("every_n_epochs", every_n_epochs, 1)
         self.every_n_batches = at_least("every_n_batches", every_n_batches, 1)
+        self.dataloader = dataloader if isinstance(dataloader, str) else at_least("dataloader", dataloader, 0)
+        self._loader_index = 0
         self._removes: list[Callable[[], None]] = []
         self._fitting = self._due = self._looking = False
         self._guard = Guard(f"`{type(self).__name__}`")
@@ -61,13 +71,15 @@ class ValidationObserver(ArgumentsOnly, Callback):
         """Decide whether this validation is looked at."""
         self._due = bool(self._removes) and self._is_due(trainer)
         if self._due:
+            self._loader_index = loader_index(trainer, self.dataloader)
+        if self._due:
             self._begin(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Decide whether this batch is looked at."""
-        self._looking = self._due and dataloader_idx == 0 and batch_idx % self.every_n_batches == 0
+        self._looking = self._due and dataloader_idx == self._loader_index and batch_idx % self.every_n_batches == 0
 
     def on_validation_batch_end(
         self,
@@ -116,6 +128,11 @@ class ValidationObserver(ArgumentsOnly, Callback):
         self._removes = []
         self._due = self._looking = False
         self._writer.close()
+
+    def _batches(self, trainer: Trainer) -> float:
+        """Return the number of batches that this validation has of the loader; infinite where nobody knows."""
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        return float(counts[self._loader_index])
 
     def _is_due(self, trainer: Trainer) -> bool:
         due = not self._fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0

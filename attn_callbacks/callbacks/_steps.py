@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,14 @@ class StepTap:
     """What one callback wants of a step.
 
     Args:
-        context: Called with the batch; what it returns is entered around the step.
-        term: Called with the batch after the step; what it returns is added to the loss.
+        change: Called with the batch before the step; the step gets what it returns.
+        context: Called with the batch of the step; what it returns is entered around the step.
+        term: Called with the batch of the step and with what the step returned; what it returns is added to the loss.
     """
 
+    change: Callable[[Any], Any] | None = None
     context: Callable[[Any], AbstractContextManager[Any]] | None = None
-    term: Callable[[Any], Tensor | None] | None = None
+    term: Callable[[Any, Any], Tensor | None] | None = None
 
 
 class _TappedStep:
@@ -39,8 +41,8 @@ class _TappedStep:
         functools.update_wrapper(self, self._original, updated=())  # Lightning reads the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        batch = args[0] if args else kwargs.get("batch")
         taps = tuple(self.taps)
+        batch, args, kwargs = _changed(taps, args, kwargs)
         with ExitStack() as stack:
             for tap in taps:
                 if tap.context is not None:
@@ -48,7 +50,7 @@ class _TappedStep:
             output = self._original(*args, **kwargs)
         for tap in taps:
             if tap.term is not None and output is not None:  # None: the step was skipped
-                output = _with_term(output, tap.term(batch))
+                output = _with_term(output, tap.term(batch, output))
         return output
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -91,6 +93,19 @@ def tap_step(module: nn.Module, name: str, tap: StepTap) -> Callable[[], None]:
             step.restore()
 
     return remove
+
+
+def _changed(
+    taps: Sequence[StepTap], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the batch that the taps make of the one of a call, and the arguments with it."""
+    batch = args[0] if args else kwargs.get("batch")
+    for tap in taps:
+        if tap.change is not None:
+            batch = tap.change(batch)
+    if args:
+        return batch, (batch, *args[1:]), kwargs
+    return batch, args, {**kwargs, "batch": batch} if "batch" in kwargs else kwargs
 
 
 def _with_term(output: Any, term: Tensor | None) -> Any:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._layers import is_generation_step
-from attn_callbacks.capture import AttentionCall, AttentionRecorder
+from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder
 from attn_callbacks.capture.compiled import run_eagerly
 
 __all__ = ["QuietRecorder", "forward_outputs"]
@@ -38,6 +38,8 @@ class QuietRecorder(AttentionRecorder):
         guard: Guard,
     ) -> None:
         super().__init__(model, layers, on_call=self._pass_on)
+        self.required = True
+        """A step without attention is worth a warning; else its model is left alone from then on."""
         self._receive = receive
         self._guard = guard
 
@@ -49,7 +51,12 @@ class QuietRecorder(AttentionRecorder):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._guard.block():
-            super().__exit__(kind, error, trace)
+            try:
+                super().__exit__(kind, error, trace)
+            except AttentionNotFoundError:
+                if self.required:
+                    raise
+                self._guard.off = True
 
     def _pass_on(self, call: AttentionCall) -> None:
         with self._guard.block(), torch.no_grad():

@@ -5,184 +5,242 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from attn_callbacks._checks import check_number, one_of
-from attn_callbacks.bias import BiasReport
-from attn_callbacks.feedback.base import Feedback
-
-if TYPE_CHECKING:
-    from attn_callbacks.capture import AttentionCall
+from attn_callbacks._checks import check_number, integer, name_list, one_of
+from attn_callbacks.bias import BiasReport, Finding
+from attn_callbacks.feedback.action import Action
+from attn_callbacks.feedback.attention_term import QUERIES, attention_term, guided_calls
+from attn_callbacks.feedback.step import StepFeedback, TrainingStep
+from attn_callbacks.feedback.strength import (
+    StrengthSettings,
+    StrengthState,
+    averaged,
+    evidence,
+    ramp,
+    scale,
+    strength_step,
+)
 
 __all__ = ["AttentionGuidance"]
 
 
-class AttentionGuidance(Feedback):
-    """Add ``coefficient * loss(attention)`` to the training loss, from the start or once a bias was found.
+class AttentionGuidance(StepFeedback):
+    """Add a term to the training loss that keeps attention off spurious tokens, or on relevant ones.
 
-    Guides every layer by default: supervision of the last layer alone tends to fail, since information flows around it,
-    and no token depends on a set that no layer attends to. Works in a window of strengths only; compare a few
-    coefficients, and random tokens as a control.
+    By default the term is the exact attention mass of :func:`attn_callbacks.feedback.attention_term.attention_term`,
+    over all layers and queries: supervision of the last layer alone tends to fail, since information flows around it,
+    and no token depends on a set that no layer attends to.
 
-    Changes training. Answers group bias and attention bias. Costs the N x N weights of the guided layers, with their
-    gradients, in every training step.
+    Works in a window of strengths only, so validation moves the strength
+    (:func:`attn_callbacks.feedback.strength.strength_step`): up while the model still relies on spurious tokens, down
+    when accuracy falls. Attention is not reliance: let the monitor measure that, too, and compare with
+    :class:`~attn_callbacks.feedback.RandomRationaleControl`.
+
+    Changes training. Answers feature, group and attention bias. Costs about one more forward and backward of the
+    attention kernel of each guided layer; with a ``loss`` of your own, its queries x keys weights instead.
 
     Args:
-        loss: Called as ``loss(list of weights, relevance, valid, spurious=spurious)``, such as
-            ``losses.AttentionGuidedLoss()``; without learnable parameters.
-        coefficient: Factor on the loss, finite and not negative.
-        layers: Names or glob patterns of the attention modules to guide, for the recorder; ``None``: all.
-        when: ``"always"``, or ``"biased"``: from the first report with a finding of group or attention on.
+        loss: ``None``, or a module without learnable parameters such as ``losses.AttentionGuidedLoss()``, called as
+            ``loss(list of weights, relevance, valid, spurious=spurious)``.
+        coefficient: Strength to start with: factor on the term, finite and not negative.
+        layers: Names or glob patterns of the attention modules to guide; ``None``: all.
+        heads: Indices of the heads to guide in each of them; ``None``: all.
+        queries: ``"all"`` tokens, or the ``"first"``, where the classification token sits; for the built-in term.
+        when: ``"always"``, or ``"biased"``: from the first report with a finding of feature, group or attention on.
+        control: Move the strength by what validation shows; ``False`` leaves it as it is.
+        scale_free: Multiply the strength by the running average of the loss over that of the term, so that 1 means
+            equal sizes, whatever the units.
+        warm_up: Number of steps over which the strength grows from nothing, after guidance was switched on.
+        raise_by: Factor on the strength while reliance stays.
+        limit: The strength stays between ``1 / limit`` and ``limit`` times ``coefficient``.
+        tolerance: Fall of accuracy below its best that is accepted, as is any within two standard errors.
 
     Raises:
-        ValueError: If an argument is out of its range, or ``loss`` has learnable parameters.
-        TypeError: If ``loss`` is not a module, ``coefficient`` not a number, or ``layers`` a single string.
+        ValueError: If an argument is out of its range, ``loss`` has learnable parameters, or ``queries`` is asked of
+            it; in `term`, if the loss is not a scalar.
+        TypeError: If ``loss`` is not a module, a number not a number, or ``layers`` a single string.
+        RuntimeError: In `term`, if no self-attention has the tokens of the annotation, or none carries a graph.
 
     Example:
-        >>> from losses import AttentionGuidedLoss
-        >>> from attn_callbacks.capture import AttentionCall
-        >>> tokens = torch.zeros(1, 2, 4, 8, requires_grad=True)
-        >>> feedback = AttentionGuidance(AttentionGuidedLoss(), coefficient=2.0)
-        >>> relevance = torch.tensor([[True, False, False, False]])
-        >>> feedback.loss_term([AttentionCall("attention", query=tokens, key=tokens)], relevance, None, None)
-        tensor(1.5000, grad_fn=<MulBackward0>)
+        >>> guidance = AttentionGuidance(coefficient=2.0, when="biased")
+        >>> counts = torch.tensor([[[95, 5], [5, 95]], [[60, 40], [40, 60]]])
+        >>> report = BiasReport(0, 100, counts, ("negative", "positive"), ("Amazon", "Tweets"))
+        >>> for action in guidance.apply(report):
+        ...     print(action.text.partition(" (")[0])
+        attention guidance switched on with strength 2
     """
 
-    answers = frozenset({"group", "attention"})
+    sees = frozenset({"attention"})
+    answers = frozenset({"feature", "group", "attention"})
 
     def __init__(
         self,
-        loss: nn.Module,
+        loss: nn.Module | None = None,
         coefficient: float = 1.0,
         *,
         layers: Sequence[str] | None = None,
+        heads: Sequence[int] | None = None,
+        queries: str = "all",
         when: str = "always",
+        control: bool = True,
+        scale_free: bool = False,
+        warm_up: int = 0,
+        raise_by: float = 1.5,
+        limit: float = 10.0,
+        tolerance: float = 0.02,
     ) -> None:
-        if not isinstance(loss, nn.Module):
-            raise TypeError(f"`loss` must be a module such as `losses.AttentionGuidedLoss()`, got {loss!r}.")
-        if any(True for _ in loss.parameters()):
-            raise ValueError(
-                f"`loss` must have no learnable parameters, got {type(loss).__name__} with some: no optimizer would "
-                "train them. Call it in `training_step` instead."
-            )
         check_number("coefficient", coefficient)
         if not 0 <= coefficient < math.inf:
             raise ValueError(f"`coefficient` must be finite and not negative, got {coefficient}.")
-        if isinstance(layers, str):
-            raise TypeError(f"`layers` must be a list of names, got {layers!r}: pass [{layers!r}].")
-        self.loss = loss
+        self.loss = _checked_loss(loss, one_of("queries", queries, QUERIES))
         self.coefficient = coefficient
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = None if layers is None else name_list("layers", layers)
+        self.heads = None if heads is None else tuple(integer("heads", head) for head in heads)
+        self.queries = queries
         self.when = one_of("when", when, ("always", "biased"))
-        self._active = when == "always"
+        self.control, self.scale_free = control, scale_free
+        self.settings = StrengthSettings(raise_by=raise_by, limit=limit, tolerance=tolerance, warm_up=warm_up)
         self._module: weakref.ref[nn.Module] | None = None
+        self._on = self.when == "always"
+        self._steps = 0  # taken part in
+        self._state = StrengthState()
+        self._averages: Tensor | None = None
 
     @property
     def active(self) -> bool:
         """The term is added; while it is not, attention need not be captured."""
-        return self._active
+        return self.acting and self._on
+
+    @property
+    def strength(self) -> float:
+        """Factor on the term after the warm-up, before ``scale_free``: ``coefficient``, as validation has moved it."""
+        return self.coefficient * self._state.factor
 
     def bind(self, module: nn.Module) -> None:
-        """Wait for a finding again if ``when="biased"`` and the module is another one than last time.
+        """Start anew if the module is another one than last time.
 
         Args:
             module: The LightningModule.
         """
         if self._module is not None and self._module() is not module:
-            self._active = self.when == "always"
+            self._on, self._steps, self._state, self._averages = self.when == "always", 0, StrengthState(), None
         self._module = weakref.ref(module)
 
-    def apply(self, report: BiasReport) -> tuple[str, ...]:
-        """Switch guidance on if it waited for a finding and the report has one; it then stays on.
+    def term(self, step: TrainingStep) -> Tensor | None:
+        """Return what is to be added to the loss of a training step; ``None`` while not active, or without annotation.
+
+        Args:
+            step: The step. What counts of its attention is self-attention over the annotated tokens.
+        """
+        if not self.active:
+            return None
+        found = self._guiding_term(step)
+        factor: Tensor | float = self.strength * ramp(self._steps, self.settings.warm_up)
+        self._steps += 1
+        if self.scale_free:  # also without annotation: the other processes wait
+            nothing = torch.zeros_like(step.loss)
+            self._averages = averaged(self._averages, step.loss, nothing if found is None else found, _annotated(step))
+            factor = factor * scale(self._averages)
+        return None if found is None else factor * found
+
+    def apply(self, report: BiasReport) -> tuple[Action, ...]:
+        """Switch guidance on if it waited for a finding, and move its strength.
 
         Args:
             report: What the last validation pass showed.
         """
-        found = self.answered(report)
-        if self._active or not found:
+        before, found, seen = self.strength, self.answered(report), evidence(report)
+        if self.control:
+            warm = not self.acting or self._steps >= self.settings.warm_up
+            self._state = strength_step(self._state, seen, self.settings, act=self._on and warm)
+        if not self._on and found:
+            self._on = True
+            text = f"attention guidance switched on with strength {before:g} ({found[0].text.rstrip('.')})"
+            return (Action(text, found[0].key, 0.0, before),)
+        if self.strength == before:
             return ()
-        self._active = True
-        return (f"attention guidance switched on with coefficient {self.coefficient:g} ({found[0].text.rstrip('.')})",)
-
-    def loss_term(
-        self,
-        calls: Sequence[AttentionCall],
-        relevance: Tensor | None,
-        spurious: Tensor | None,
-        valid: Tensor | None,
-    ) -> Tensor | None:
-        """Return what is to be added to the loss of one training step.
-
-        Args:
-            calls: Attention of the step. What counts is self-attention over as many keys as the annotation has columns.
-            relevance: Relevance of each token, boolean or in [0, 1]; ``None`` where there is none.
-            spurious: Degree to which each token is spurious, likewise.
-            valid: ``True`` for tokens, ``False`` for padding; ``None``: all are tokens.
-
-        Shape:
-            - relevance, spurious, valid: ``(batch, keys)``
-            - output: scalar
-
-        Returns:
-            The term; ``None`` while guidance is not active, or without any annotation.
-
-        Raises:
-            RuntimeError: If no self-attention has the keys of the annotation, or none carries a graph.
-            ValueError: If the loss is not a scalar.
-        """
-        annotation = spurious if relevance is None else relevance
-        if not self._active or annotation is None:
-            return None
-        calls = _matching(calls, tuple(annotation.shape))
-        if torch.is_grad_enabled():  # else the caller only wants the number
-            calls = _trainable(calls)
-        term: Tensor = self.loss.to(annotation.device)(
-            [call.weights() for call in calls], relevance, valid, spurious=spurious
-        )
-        if term.dim() > 0:
-            raise ValueError(f"`loss` must return a scalar, got shape {tuple(term.shape)}. Use reduction='mean'.")
-        return self.coefficient * term
+        fell = f"{seen.measure} {seen.accuracy:.2f} fell below its best, {self._state.best[seen.measure][0]:.2f}"
+        rose = self.strength > before
+        text = f"attention guidance: strength {before:.3g} -> {self.strength:.3g} ({seen.reason if rose else fell})"
+        return (Action(text, _cause(found) if rose else None, before, self.strength),)
 
     def state_dict(self) -> dict[str, object]:
-        """Return whether guidance is active."""
-        return {"active": self._active}
+        """Return whether guidance is on, and how strong."""
+        state = {**super().state_dict(), "active": self._on, "steps": self._steps, **self._state.to_dict()}
+        return state if self._averages is None else {**state, "averages": self._averages.clone()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take up a saved state; with ``when="always"`` guidance stays active.
+        """Take up a saved state; with ``when="always"`` guidance stays on.
 
         Args:
             state: What :meth:`state_dict` returned.
         """
-        self._active = self.when == "always" or bool(state.get("active", self._active))
+        super().load_state_dict(state)
+        self._on = self.when == "always" or bool(state.get("active", self._on))
+        steps, averages = state.get("steps"), state.get("averages")
+        self._steps = steps if isinstance(steps, int) else self._steps
+        self._averages = averages.clone() if isinstance(averages, Tensor) else self._averages
+        self._state = self._state.restored(state)
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_module": None}  # a copy in another process binds to the module there
 
     def __repr__(self) -> str:
-        return f"AttentionGuidance({self.loss!r}, {self.coefficient}, layers={self.layers}, when={self.when!r})"
-
-
-def _matching(calls: Sequence[AttentionCall], expected: tuple[int, ...]) -> list[AttentionCall]:
-    own = [call for call in calls if not call.is_cross]
-    matching = [call for call in own if (call.shape[0], call.shape[3]) == expected]
-    if not matching:
-        seen = sorted({(call.shape[0], call.shape[3]) for call in own})
-        raise RuntimeError(
-            f"`AttentionGuidance` found no self-attention over (batch, keys) = {expected}; seen: {seen or 'none'}. "
-            "Annotate every token as the model sees it, special tokens and padding included."
+        return (
+            f"AttentionGuidance({self.loss!r}, {self.coefficient}, layers={self.layers}, heads={self.heads}, "
+            f"queries={self.queries!r}, when={self.when!r}, control={self.control}, scale_free={self.scale_free}, "
+            f"warm_up={self.settings.warm_up}, raise_by={self.settings.raise_by}, limit={self.settings.limit}, "
+            f"tolerance={self.settings.tolerance})"
         )
-    return matching
+
+    def _guiding_term(self, step: TrainingStep) -> Tensor | None:
+        relevance, spurious = step.relevance, step.spurious
+        annotation = spurious if relevance is None else relevance
+        if annotation is None:
+            return None
+        calls = guided_calls(step.calls, annotation.shape)
+        if self.loss is None:
+            return attention_term(calls, relevance, spurious, step.valid, heads=self.heads, queries=self.queries)
+        weights = [call.weights() for call in calls]
+        if self.heads is not None:
+            weights = [layer[:, list(self.heads)] for layer in weights]
+        term: Tensor = self.loss.to(annotation.device)(weights, relevance, step.valid, spurious=spurious)
+        if term.dim() > 0:
+            raise ValueError(f"`loss` must return a scalar, got shape {tuple(term.shape)}. Use reduction='mean'.")
+        return term
 
 
-def _trainable(calls: Sequence[AttentionCall]) -> list[AttentionCall]:
-    trainable = [call for call in calls if call.requires_grad]
-    if not trainable:
-        raise RuntimeError(
-            f"`AttentionGuidance` cannot train the attention of {calls[0].name!r}: none of the {len(calls)} calls "
-            "carries a gradient. Unfreeze the layers to guide, and use non-reentrant activation checkpointing "
-            "(`use_reentrant=False`)."
+def _checked_loss(loss: nn.Module | None, queries: str) -> nn.Module | None:
+    if loss is None:
+        return None
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"`loss` must be a module such as `losses.AttentionGuidedLoss()`, got {loss!r}.")
+    if any(True for _ in loss.parameters()):
+        raise ValueError(
+            f"`loss` must have no learnable parameters, got {type(loss).__name__} with some: no optimizer would "
+            "train them. Call it in `training_step` instead."
         )
-    return trainable
+    if queries != "all":
+        raise ValueError(f"queries={queries!r} is for the built-in term, got `loss` as well: let the loss choose.")
+    return loss
+
+
+def _annotated(step: TrainingStep) -> Tensor:
+    """Whether any token of the step is marked, as a bool scalar on the device."""
+    marked = [
+        mask if step.valid is None else mask & step.valid
+        for mask in (step.relevance, step.spurious)
+        if mask is not None
+    ]
+    none = torch.zeros((), dtype=torch.bool, device=step.loss.device)
+    return torch.stack([none, *(mask.any() for mask in marked)]).any()
+
+
+def _cause(found: Sequence[Finding]) -> tuple[str, str] | None:
+    """Return the key of the finding that strength answers first."""
+    kinds = ("feature", "attention", "group")
+    first = min(found, key=lambda finding: kinds.index(finding.kind), default=None)
+    return None if first is None else first.key

@@ -1,51 +1,64 @@
-"""Class weights that follow the recalls seen in validation."""
+"""Class weights, or margins, that follow what validation shows of each class."""
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attn_callbacks._checks import at_least, one_of
+from attn_callbacks._checks import at_least, in_range, one_of
 from attn_callbacks.bias import BiasReport
-from attn_callbacks.feedback.base import Feedback
+from attn_callbacks.feedback._table import TableFeedback
+from attn_callbacks.feedback._table_cells import Cells, changes, read_cells
+from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
-from attn_callbacks.feedback.criterion import BUFFER, find_weighted_loss, release_weights, weight_table
+from attn_callbacks.feedback.criterion import check_table
+from attn_callbacks.feedback.weight_policies import difficulty_weights, effective_number_weights
 
 __all__ = ["ClassReweighting"]
 
-_WORTH_SAYING = 0.005  # relative change of a weight
-_MAX_SENTENCES = 12
+_POLICIES = ("recall", "difficulty", "effective_number", "deferred")
 
 
-class ClassReweighting(Feedback):
-    """Raise the loss weight of classes, or of classes within groups, that are recognised less often than the rest.
+class ClassReweighting(TableFeedback):
+    """Give classes, or classes within groups, that are recognised less often than the rest more say in the loss.
 
-    After each validation pass the weights take one step of a controller: averaged recalls, a dead band, bounds, and a
-    normalisation that keeps the scale of the loss (:func:`attn_callbacks.feedback.controller.control_step`). They are
-    written in place into the buffer ``class_weight`` of the module's loss, such as
-    ``losses.WeightedCrossEntropyLoss``; they start from what that buffer holds. The callback's state keeps them, and
-    the module's state dict no longer does: its checkpoints load into a module with a plain criterion.
+    After each validation pass the weights are decided anew by a policy, and written in place into the loss. The
+    feedback's state keeps them, and the module's state dict no longer does: its checkpoints load into a module with a
+    plain criterion.
+
+    - ``"recall"``: one step of a controller with averaged recalls, a dead band, bounds, and a normalisation that keeps
+      the scale of the loss (:func:`attn_callbacks.feedback.controller.control_step`). It starts from what the loss has.
+    - ``"difficulty"``: ``(1 - recall) ** tau`` of the averaged recalls, as in class-wise difficulty-balanced loss.
+    - ``"effective_number"``: inverse effective number of the samples that training was fed in an epoch.
+    - ``"deferred"``: the same, but only after ``warm_up`` reports: deferred reweighting.
+
+    They act as **weight** in the buffer ``class_weight``, such as that of ``losses.WeightedCrossEntropyLoss``, or as
+    **margin** in the buffer ``adjustment`` of ``losses.LogitAdjustedLoss``: training sees ``logits + adjustment - log
+    w``, prediction the plain logits. Prefer margins: weights lose their effect once training accuracy reaches 1.
+    Policies from counts on top of a loss that holds the log prior correct the same imbalance twice: give that loss
+    ``tau=0``.
 
     Changes training. Answers class bias, and with ``by="group"`` group bias; it cannot cure reliance on a spurious
-    feature, and loses its effect once training accuracy reaches 1 (so stop early or regularise). It looks at validation
-    data: keep a split of its own to select models on. Costs nothing per step.
+    feature. It looks at validation data: keep a split of its own to select models on. Costs nothing per step.
 
     Args:
         criterion: Dotted path of the loss in the LightningModule.
         by: ``"class"`` for one weight a class, ``"group"`` for one a class and group; the latter needs groups in the
-            batch schema and a training step that passes ``group=`` to the loss.
+            batch schema and a training step that passes ``group=`` to the loss, and acts as weight only.
+        act: ``"weight"``, ``"margin"``, or ``"auto"``: as margin where the loss has an ``adjustment``.
+        policy: ``"recall"``, ``"difficulty"``, ``"effective_number"`` or ``"deferred"``.
         step_size: Change of the log weight per validation for each unit of recall missing. Over dozens of validations
             0.5 to 8 act much alike; over fewer than ten, less is slow and more overshoots.
-        smoothing: Share of the old average in the new one, from 0 to below 1.
+        smoothing: Share of the old average recall in the new one, from 0 to below 1.
         limit: Weights stay between ``1 / limit`` and ``limit`` before normalisation, so no two of them differ by more
             than a factor of ``limit ** 2``. Keep it small if labels are noisy.
         min_support: Least number of validation samples behind a recall that counts; below it, a weight rests.
-        dead_band: Deviations of recall up to this, or up to their standard error, are left alone.
+        dead_band: Deviations of recall up to this, or up to their standard error, are left alone by the controller.
         warm_up: Number of reports that are averaged only.
+        tau: Exponent of the difficulty, from 0 to 10.
+        beta: Of the effective number, between 0 (all classes alike) and 1 (inverse frequency).
 
     Raises:
         ValueError: If an argument is out of its range; in `bind`, if there is no such loss or its table does not fit
@@ -53,15 +66,25 @@ class ClassReweighting(Feedback):
         TypeError: If a setting is not a number.
 
     Example:
+        >>> import torch
         >>> from losses import WeightedCrossEntropyLoss
-        >>> module = nn.Module()
+        >>> module = torch.nn.Module()
         >>> module.criterion = WeightedCrossEntropyLoss(2)
         >>> feedback = ClassReweighting()
         >>> feedback.bind(module)
-        >>> feedback.apply(BiasReport(0, 0, torch.tensor([[[90, 10], [50, 50]]]), ("negative", "positive")))
-        ('negative: weight 1.00 -> 0.62 (recall 0.90)', 'positive: weight 1.00 -> 1.38 (recall 0.50)')
+        >>> report = BiasReport(0, 0, torch.tensor([[[90, 10], [50, 50]]]), ("negative", "positive"))
+        >>> for action in feedback.apply(report):
+        ...     print(action)
+        negative: weight 1.00 -> 0.62 (recall 0.90)
+        positive: weight 1.00 -> 1.38 (recall 0.50)
         >>> module.criterion.class_weight
         tensor([0.6201, 1.3799])
+
+    References:
+        Sinha, Ohashi and Nakamura, "Class-Wise Difficulty-Balanced Loss for Solving Class-Imbalance", ACCV 2020.
+        Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019.
+        Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019 (deferred).
+        Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021 (margins).
     """
 
     def __init__(
@@ -69,65 +92,57 @@ class ClassReweighting(Feedback):
         criterion: str = "criterion",
         by: str = "class",
         *,
+        act: str = "auto",
+        policy: str = "recall",
         step_size: float = 2.0,
         smoothing: float = 0.7,
         limit: float = 10.0,
         min_support: int = 20,
         dead_band: float = 0.02,
         warm_up: int = 0,
+        tau: float = 1.0,
+        beta: float = 0.9999,
     ) -> None:
-        self.criterion = criterion
+        super().__init__(criterion, act if act != "auto" or by != "group" else "weight")
         self.by = one_of("by", by, ("class", "group"))
+        if by == "group" and act == "margin":
+            raise ValueError("act='margin' needs by='class': a loss shifts its logits alike for all groups.")
+        self.policy = one_of("policy", policy, _POLICIES)
         self.answers = frozenset({"class"} if by == "class" else {"class", "group"})
         self.settings = ControllerSettings(step_size, smoothing, limit, min_support, dead_band)
         self.warm_up = at_least("warm_up", warm_up, 0)
-        self._reference: weakref.ref[nn.Module] | None = None
-        self._state: ControllerState | None = None
-        self._shape: tuple[int, ...] = ()
-        self._updates = 0
+        if {"deferred": warm_up == 0, "effective_number": warm_up > 0}.get(policy, False):
+            raise ValueError(
+                f"policy={policy!r} with warm_up={warm_up}: pass policy='effective_number' to weigh from the first "
+                "report on, or policy='deferred' with a `warm_up` of at least 1."
+            )
+        self.tau = in_range("tau", tau, 0, 10)
+        self.beta = in_range("beta", beta, 0, 1)
+        self._average: tuple[float, ...] | None = None
 
-    def bind(self, module: nn.Module) -> None:
-        """Find the loss, and write restored weights into it; a module other than the last one starts anew.
-
-        Args:
-            module: The LightningModule.
-        """
-        table = self._table(module)
-        release_weights(find_weighted_loss(module, self.criterion))
-        if self._reference is not None and self._module is not module:
-            self._state, self._updates = None, 0
-        if self._state is None:
-            self._state, self._shape = _start(table, self.criterion), tuple(table.shape)
-        self._check_shape(table)
-        self._reference = weakref.ref(module)
-        self._write()
-
-    def apply(self, report: BiasReport) -> tuple[str, ...]:
-        """Take one step of the controller and write the weights.
+    def apply(self, report: BiasReport) -> Sequence[Action]:
+        """Decide on the weights, and write them.
 
         Args:
             report: What the last validation pass showed.
         """
-        if self._state is None or self._module is None:
-            raise ValueError("`ClassReweighting` has no loss to change. Call `bind(module)` first and keep the module.")
-        old, shape = self._state, self._shape
-        recall, support = self._measured(report)
-        recalls = _fit(recall, shape, math.nan).flatten().tolist()
-        supports = _fit(support, shape, 0).flatten().tolist()
-        prior = _fit(self._prior(report), shape, 0.0).flatten().tolist()
-        act = self._updates >= self.warm_up
-        self._state = control_step(old, recalls, supports, prior, self.settings, act=act)
+        shape = self._bound_shape()
+        by = "class" if self.by == "class" else "cell"
+        cells = read_cells(report, by, shape, f"{self.criterion}.{self._buffer}", called=self.by)
+        old = ControllerState(
+            self._initial() if self._log_weight is None else self._log_weight,
+            (math.nan,) * math.prod(shape) if self._average is None else self._average,
+        )
+        new = self._decide(old, cells, act=self._updates >= self.warm_up)
         self._updates += 1
-        self._write()
-        return _sentences(self._names(report), old, self._state, recalls)
+        self._average = new.average
+        before, after = self._steer(new.log_weight)
+        return changes(report, cells, self._quantity, before, after, self._notes(cells, new))
 
     def state_dict(self) -> dict[str, object]:
-        """Return log weights, averages and the number of reports seen."""
-        state: dict[str, object] = {"updates": self._updates}
-        if self._state is not None:
-            state["log_weight"] = torch.tensor(self._state.log_weight, dtype=torch.float64).reshape(self._shape)
-            state["average"] = torch.tensor(self._state.average, dtype=torch.float64).reshape(self._shape)
-        return state
+        """Return log weights, averages, the table it started from, and the number of reports seen."""
+        state = super().state_dict()
+        return state if self._average is None else {**state, "average": self._tensor(self._average)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take up a saved state; once bound, the weights are written at once.
@@ -135,114 +150,46 @@ class ClassReweighting(Feedback):
         Args:
             state: What :meth:`state_dict` returned.
         """
-        log_weight, average, updates = state.get("log_weight"), state.get("average"), state.get("updates")
-        if isinstance(log_weight, Tensor) and isinstance(average, Tensor):
-            self._state = ControllerState(_numbers(log_weight), _numbers(average))
-            self._shape = tuple(log_weight.shape)
-        if isinstance(updates, int):
-            self._updates = updates
-        if self._module is not None and self._state is not None:
-            self._check_shape(self._table(self._module))
-            self._write()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_reference": None}  # a copy in another process binds to the module there
+        super().load_state_dict(state)
+        average = state.get("average")
+        if isinstance(average, Tensor):
+            self._average = tuple(average.double().flatten().tolist())
 
     def __repr__(self) -> str:
         chosen = self.settings
         return (
-            f"ClassReweighting({self.criterion!r}, {self.by!r}, step_size={chosen.step_size}, "
-            f"smoothing={chosen.smoothing}, limit={chosen.limit}, min_support={chosen.min_support}, "
-            f"dead_band={chosen.dead_band}, warm_up={self.warm_up})"
+            f"ClassReweighting({self.criterion!r}, {self.by!r}, act={self.act!r}, policy={self.policy!r}, "
+            f"step_size={chosen.step_size}, smoothing={chosen.smoothing}, limit={chosen.limit}, "
+            f"min_support={chosen.min_support}, dead_band={chosen.dead_band}, warm_up={self.warm_up}, tau={self.tau}, "
+            f"beta={self.beta})"
         )
 
-    @property
-    def _module(self) -> nn.Module | None:
-        return None if self._reference is None else self._reference()
+    def _decide(self, old: ControllerState, cells: Cells, *, act: bool) -> ControllerState:
+        """Return averages and log weights by the policy; a weight of which it knows nothing rests."""
+        steer = act and self.policy == "recall"
+        moved = control_step(old, cells.recall, cells.support, cells.prior, self.settings, act=steer)
+        if steer or not act:
+            return moved
+        if self.policy == "difficulty":
+            new = difficulty_weights(moved.average, cells.prior, tau=self.tau, limit=self.settings.limit)
+        else:
+            new = effective_number_weights(cells.counts, cells.prior, beta=self.beta, limit=self.settings.limit)
+        return ControllerState(
+            tuple(rest if math.isnan(value) else value for rest, value in zip(old.log_weight, new, strict=True)),
+            moved.average,
+        )
 
-    def _table(self, module: nn.Module) -> Tensor:
-        table = weight_table(find_weighted_loss(module, self.criterion))
-        axes, way = {
-            "class": ("(classes,)", "pass by='group', or build the loss with one weight a class"),
-            "group": ("(groups, classes)", "build the loss with one row a group (`num_groups=`), or pass by='class'"),
-        }[self.by]
-        if table.dim() != (1 if self.by == "class" else 2):
-            raise ValueError(
-                f"by={self.by!r} needs `{self.criterion}.{BUFFER}` of shape {axes}, got {tuple(table.shape)}: {way}."
-            )
-        return table
+    def _notes(self, cells: Cells, new: ControllerState) -> list[str]:
+        if self.policy in ("recall", "difficulty"):
+            return [_recall_text(*pair) for pair in zip(cells.recall, new.average, strict=True)]
+        return [f"{count:.0f} samples an epoch" for count in cells.counts]
 
-    def _check_shape(self, table: Tensor) -> None:
-        if tuple(table.shape) != self._shape:
-            raise ValueError(
-                f"The saved weights have shape {self._shape}, but `{self.criterion}.{BUFFER}` has "
-                f"{tuple(table.shape)}. Resume with the same classes, groups and `by`."
-            )
+    def _check_table(self, table: Tensor, where: str) -> None:
+        check_table(table, self.by, where)
 
-    @torch.no_grad()
-    def _write(self) -> None:
-        if self._state is not None and self._module is not None:
-            weight = torch.tensor(self._state.weight, dtype=torch.float64).reshape(self._shape)
-            self._table(self._module).copy_(weight)  # in place: compiled steps and distributed copies see it
-
-    def _measured(self, report: BiasReport) -> tuple[Tensor, Tensor]:
-        """Return recalls and support in the axes of the table, after checking that they fit it."""
-        if self.by == "group" and not report.has_groups:
-            raise ValueError("by='group' needs groups in the report, got none. Give the batch schema a `group`.")
-        measured = (report.cell_recall, report.support) if self.by == "group" else (report.recall, report.class_support)
-        seen = tuple(measured[1].shape)
-        if seen[-1] != self._shape[-1] or seen[0] > self._shape[0]:
-            raise ValueError(
-                f"`{self.criterion}.{BUFFER}` has shape {self._shape}, but the report counts {seen}. Build the loss "
-                "for as many classes and groups as validation has."
-            )
-        return measured
-
-    def _prior(self, report: BiasReport) -> Tensor:
-        """Return the share of each cell in what training was fed, or without that in validation."""
-        fed = report.train_counts
-        counts = report.support if fed is None or int(fed.sum()) == 0 else fed
-        counts = counts.sum(dim=0) if self.by == "class" else counts
-        return counts.double() / counts.sum().clamp(min=1)
-
-    def _names(self, report: BiasReport) -> list[str]:
-        if self.by == "class":
-            return list(report.class_names)
-        return [f"{group}, {label}" for group in report.group_names for label in report.class_names]
-
-
-def _start(table: Tensor, criterion: str) -> ControllerState:
-    weight = table.detach().cpu().double().flatten()
-    if not bool((weight.isfinite() & (weight > 0)).all()):
-        raise ValueError(f"`{criterion}.{BUFFER}` must be positive and finite to start from, got {weight.tolist()}.")
-    return ControllerState(tuple(map(math.log, weight.tolist())), (math.nan,) * weight.numel())
-
-
-def _fit(values: Tensor, shape: tuple[int, ...], fill: float) -> Tensor:
-    """Fill up the groups that validation has not shown yet."""
-    filled = values.new_full(shape, fill)
-    filled[: len(values)] = values
-    return filled
-
-
-def _numbers(values: Tensor) -> tuple[float, ...]:
-    return tuple(values.double().flatten().tolist())
-
-
-def _sentences(
-    names: Sequence[str], old: ControllerState, new: ControllerState, recall: Sequence[float]
-) -> tuple[str, ...]:
-    """Say which weights changed noticeably; of many, the largest changes."""
-    changes = {index: abs(new.log_weight[index] - old.log_weight[index]) for index in range(len(names))}
-    told = sorted((index for index in changes if changes[index] > _WORTH_SAYING), key=lambda index: -changes[index])
-    lines = [
-        f"{names[index]}: weight {old.weight[index]:.2f} -> {new.weight[index]:.2f} "
-        f"({_recall_text(recall[index], new.average[index])})"
-        for index in told[:_MAX_SENTENCES]
-    ]
-    if len(told) > _MAX_SENTENCES:
-        lines.append(f"{len(told) - _MAX_SENTENCES} other weights changed less")
-    return tuple(lines)
+    def _start_anew(self) -> None:
+        super()._start_anew()
+        self._average = None
 
 
 def _recall_text(recall: float, average: float) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_callbacks._checks import at_least, check_number, in_range
+from attn_callbacks.feedback.weight_policies import blend, preserve_prior
 
 __all__ = ["ControllerSettings", "ControllerState", "control_step"]
 
@@ -112,10 +113,8 @@ def control_step(
     measured = [
         size >= settings.min_support and math.isfinite(value) for value, size in zip(recall, support, strict=True)
     ]
-    average = tuple(
-        _blend(old, new, settings.smoothing) if known else old
-        for old, new, known in zip(state.average, recall, measured, strict=True)
-    )
+    counted = [value if known else math.nan for value, known in zip(recall, measured, strict=True)]
+    average = blend(state.average, counted, settings.smoothing)
     if not act:
         return ControllerState(state.log_weight, average)
     errors = _errors(average, support, measured, settings.dead_band)
@@ -125,14 +124,7 @@ def control_step(
         min(max(old + settings.step_size * error, -bound), bound) if moved else old
         for old, error, moved in zip(state.log_weight, errors, steered, strict=True)
     ]
-    excess = _log_excess(log_weight, prior, steered)
-    return ControllerState(
-        tuple(value - excess if moved else value for value, moved in zip(log_weight, steered, strict=True)), average
-    )
-
-
-def _blend(old: float, new: float, smoothing: float) -> float:
-    return new if math.isnan(old) else smoothing * old + (1 - smoothing) * new
+    return ControllerState(preserve_prior(log_weight, prior, steered), average)
 
 
 def _errors(
@@ -155,12 +147,3 @@ def _standard_error(value: float, size: int) -> float:
         return 0.0
     smoothed = (value * size + 1) / (size + 2)
     return math.sqrt(smoothed * (1 - smoothed) / (size + 2))
-
-
-def _log_excess(log_weight: Sequence[float], prior: Sequence[float], steered: Sequence[bool]) -> float:
-    """Return the logarithm of what the steered weights have to be divided by."""
-    cells = [(math.exp(value), share) for value, share, use in zip(log_weight, prior, steered, strict=True) if use]
-    fed = math.fsum(share for _, share in cells)
-    if fed <= 0:  # training was fed nothing of them: their scale does not matter
-        return 0.0
-    return math.log(math.fsum(share * weight for weight, share in cells) / fed)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from attn_callbacks.metrics.association import TokenAssociation, TokenSums
+from attn_callbacks.metrics.calibration import CalibrationResult, GroupCalibration
+from attn_callbacks.metrics.candidates import Associations, associations
+from attn_callbacks.metrics.class_attention import ClassAttention, ClassAttentionResult, class_divergence
 from attn_callbacks.metrics.confusion import GroupConfusion
 from attn_callbacks.metrics.importance import HeadImportance, HeadImportanceResult
 from attn_callbacks.metrics.mass import ClassMass, ClassMassResult
+from attn_callbacks.metrics.reliance import RelianceCounts
 from attn_callbacks.metrics.statistics import HeadStatisticsMetric, HeadStatisticsResult
 
 __all__ = [
+    "Associations",
+    "CalibrationResult",
+    "ClassAttention",
+    "ClassAttentionResult",
     "ClassMass",
     "ClassMassResult",
+    "GroupCalibration",
     "GroupConfusion",
     "HeadImportance",
     "HeadImportanceResult",
     "HeadStatisticsMetric",
     "HeadStatisticsResult",
+    "RelianceCounts",
+    "TokenAssociation",
+    "TokenSums",
+    "associations",
+    "class_divergence",
 ]

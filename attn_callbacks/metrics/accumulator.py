@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import Self
 
 __all__ = ["Accumulator"]
 
@@ -77,3 +79,17 @@ class Accumulator(Metric):
             each = part.view(places, *own.shape)
             states[name] = (each.amin(dim=0) if self._extremes.get(name) == "min" else each.amax(dim=0)).to(own.dtype)
         return states
+
+    def merged(self, total: Tensor, processes: int = 1) -> Self:
+        """Return a copy that holds the states of all processes, from the sum of their vectors; it never communicates.
+
+        Args:
+            total: Sum of the vectors that :meth:`packed` made.
+            processes: How many there were.
+        """
+        twin = copy.deepcopy(self)
+        twin.sync_on_compute = twin._to_sync = False
+        twin._computed, twin._update_count = None, 1
+        for name, state in self.unpacked(total, processes).items():
+            setattr(twin, name, state)
+        return twin

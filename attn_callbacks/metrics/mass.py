@@ -9,26 +9,37 @@ from torch import Tensor
 
 from attn_callbacks._checks import at_least
 from attn_callbacks.metrics.labels import LabelAccumulator, label_vector
+from attn_callbacks.metrics.moments import mean_and_error
 
-__all__ = ["ClassMass", "ClassMassResult"]
+__all__ = ["ClassMass", "ClassMassResult", "pooled_mass"]
 
 
 class ClassMassResult(NamedTuple):
-    """What `ClassMass` computes; each field is ``(classes,)``.
+    """What `ClassMass` computes: by class, and by class and outcome, wrong predictions first.
 
     Args:
-        mass: Mean attention mass on the set, NaN for a class without a sample. float64.
-        lift: Mean mass over mean share: 1 is chance. float64.
-        support: Number of samples that counted. int64.
+        mass: Mean attention mass on the set, ``(classes,)``, NaN for a class without a sample. float64.
+        lift: Mean mass over mean share, ``(classes,)``: 1 is chance. float64.
+        support: Number of samples that counted, ``(classes,)``. int64.
+        error: Standard error of ``mass``, ``(classes,)``, NaN below two samples. float64.
+        outcome_mass: As ``mass``, ``(classes, 2)``, for the samples whose outcome was given.
+        outcome_support: As ``support``, ``(classes, 2)``.
+        outcome_error: As ``error``, ``(classes, 2)``.
+        outcome_lift: As ``lift``, ``(classes, 2)``.
     """
 
     mass: Tensor
     lift: Tensor
     support: Tensor
+    error: Tensor
+    outcome_mass: Tensor
+    outcome_support: Tensor
+    outcome_error: Tensor
+    outcome_lift: Tensor
 
 
 class ClassMass(LabelAccumulator):
-    """Average the attention mass on a token set, for the samples of each class.
+    """Average the attention mass on a token set, for the samples of each class, and for right and wrong predictions.
 
     The lift of a class is the sum of its samples' masses over the sum of the set's shares of their valid tokens: unlike
     a mean of ratios, it is not run by samples in which the set is tiny. Samples that hold no token of the set say
@@ -43,22 +54,31 @@ class ClassMass(LabelAccumulator):
 
     Example:
         >>> metric = ClassMass(num_classes=2)
-        >>> metric.update(torch.tensor([0.2, 0.4, 0.5]), torch.tensor([0.1, 0.1, 0.5]), torch.tensor([0, 0, 1]))
-        >>> mass, lift, support = metric.compute()
-        >>> mass.tolist(), lift.tolist(), support.tolist()  # doctest: +ELLIPSIS
-        ([0.30000..., 0.5], [3.0..., 1.0], [2, 1])
+        >>> right = torch.tensor([True, False, True])
+        >>> metric.update(torch.tensor([0.2, 0.4, 0.5]), torch.tensor([0.1, 0.1, 0.5]), torch.tensor([0, 0, 1]), right)
+        >>> result = metric.compute()
+        >>> result.mass.tolist(), result.lift.tolist(), result.support.tolist()
+        ([0.30..., 0.5], [3.0..., 1.0], [2, 1])
+        >>> result.outcome_mass.tolist()  # wrong, right
+        [[0.40..., 0.20...], [nan, 0.5]]
     """
 
     sums: Tensor
     support: Tensor
+    squares: Tensor
+    outcome_sums: Tensor
+    outcome_support: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__("target")
         self.num_classes = at_least("num_classes", num_classes, 2)
         self.add_zeros("sums", num_classes, 2)  # mass, share
         self.add_zeros("support", num_classes, dtype=torch.int64)
+        self.add_zeros("squares", num_classes)  # mass ** 2
+        self.add_zeros("outcome_sums", num_classes, 2, 3)  # wrong and right: mass, share, mass ** 2
+        self.add_zeros("outcome_support", num_classes, 2, dtype=torch.int64)
 
-    def update(self, mass: Tensor, share: Tensor, target: Tensor) -> None:
+    def update(self, mass: Tensor, share: Tensor, target: Tensor, right: Tensor | None = None) -> None:
         """Add one batch.
 
         Args:
@@ -66,26 +86,67 @@ class ClassMass(LabelAccumulator):
                 without any defined mass is left out.
             share: `target_share` of each sample, ``(batch,)``.
             target: Class of each sample, ``(batch,)``. Samples with a negative target are left out.
+            right: ``True`` for samples that are predicted right, ``(batch,)``; ``None``: not known, so that the batch
+                counts for its classes alone.
         """
         if mass.dim() not in (1, 2):
             raise ValueError(f"`mass` must have shape (batch,) or (batch, heads), got {tuple(mass.shape)}.")
-        if share.shape != mass.shape[:1]:
-            raise ValueError(f"`share` must have shape (batch,) = {tuple(mass.shape[:1])}, got {tuple(share.shape)}.")
+        for name, values in (("share", share), ("right", right)):
+            if values is not None and values.shape != mass.shape[:1]:
+                raise ValueError(
+                    f"`{name}` must have shape (batch,) = {tuple(mass.shape[:1])}, got {tuple(values.shape)}."
+                )
         target = label_vector("target", target, len(mass))
         values = mass.detach().double()
         values = values if values.dim() == 1 else values.nanmean(dim=1)
         counted = self.within(target[None], (target >= 0) & ~values.isnan() & (share > 0))
-        pairs = torch.stack([values, share.detach().double()], dim=1).where(counted[:, None], 0.0)
+        added = torch.stack([values, share.detach().double(), values**2], dim=1).where(counted[:, None], 0.0)
         index = target.where(counted, 0)
-        self.writable("sums").index_add_(0, index, pairs)
+        self.writable("sums").index_add_(0, index, added[:, :2])
+        self.writable("squares").index_add_(0, index, added[:, 2])
         self.writable("support").index_add_(0, index, counted.long())
+        known = counted if right is not None else torch.zeros_like(counted)
+        outcome = index * 2 if right is None else index * 2 + right.long()
+        self.writable("outcome_sums").view(-1, 3).index_add_(0, outcome, added.where(known[:, None], 0.0))
+        self.writable("outcome_support").view(-1).index_add_(0, outcome, known.long())
 
     def compute(self) -> ClassMassResult:
-        """Return mean mass, lift and support of every class."""
+        """Return mean mass, lift, support and standard error of every class, and of its wrong and right predictions."""
         self.check_labels()
-        mass, share = self.sums.unbind(dim=1)
-        return ClassMassResult(mass / self.support, mass / share, self.support)
+        first, share = self.sums.unbind(dim=-1)
+        mass, error = mean_and_error(self.support, first, self.squares)
+        by_class = (mass, first / share, self.support, error)
+        first, share, second = self.outcome_sums.unbind(dim=-1)
+        mass, error = mean_and_error(self.outcome_support, first, second)
+        return ClassMassResult(*by_class, mass, self.outcome_support, error, first / share)
 
     def label_limits(self) -> tuple[int, ...]:
         """Return the number of classes."""
         return (self.num_classes,)
+
+
+def pooled_mass(mass: Tensor, error: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean mass, standard error and support of all classes together, as if they had never been told apart.
+
+    Between right and wrong predictions of all classes the mass may differ only because the hard classes are the ones
+    whose samples attract attention: compare class by class before concluding.
+
+    Args:
+        mass: Mean mass of each class; NaN without a sample.
+        error: Standard error of ``mass``; NaN below two samples.
+        support: Number of samples.
+
+    Shape:
+        - mass, error, support: ``(classes, ...)``
+        - output: three of ``(...)``; the mean is NaN without a sample, its error below two
+
+    Example:
+        >>> mass, error = torch.tensor([0.1, 0.3]).double(), torch.tensor([torch.nan, 0.1]).double()
+        >>> pooled_mass(mass, error, torch.tensor([1, 2]))
+        (tensor(0.2333, dtype=torch.float64), tensor(0.0882, dtype=torch.float64), tensor(3))
+    """
+    first = (support * mass).where(support > 0, 0.0)
+    within = (support * (support - 1) * error**2).where(support > 1, 0.0)  # squares about the mean of the class
+    second = (support * mass**2).where(support > 0, 0.0) + within
+    total = support.sum(dim=0)
+    return *mean_and_error(total, first.sum(dim=0), second.sum(dim=0)), total

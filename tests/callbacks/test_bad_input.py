@@ -77,7 +77,7 @@ def test_guidance_with_marks_in_some_batches_goes_on(tmp_path: Path) -> None:
 
     trainer = quiet_trainer(tmp_path, [_guided()], max_epochs=1)
     fit(Plain(), trainer, DataLoader(Some(), 8), DataLoader(Texts(), 8))
-    assert trainer.callback_metrics["bias/guidance"] > 0
+    assert trainer.callback_metrics["bias/term/AttentionGuidance"] > 0
 
 
 def test_feedback_without_validation_is_refused(tmp_path: Path) -> None:
@@ -116,7 +116,8 @@ def test_logits_that_are_not_finite_are_no_predictions_and_nothing_is_fed_back(t
     assert feedback.applied == 1
     assert monitor.report is not None
     assert int(monitor.report.support.sum()) == 10
-    assert monitor.ledger[-1]["actions"] == ["Nothing: 6 samples have logits that are not finite and were left out."]
+    assert monitor.ledger[-1]["decisions"] == []
+    assert "6 samples have logits that are not finite" in monitor.ledger[-1]["note"]
 
 
 def test_heat_maps_of_batches_of_unknown_size_say_what_to_do(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_standalone_validation_measures_and_feeds_nothing_back(tmp_path: Path) -
     assert int(monitor.report.support.sum()) == 40
     assert torch.equal(module.criterion.class_weight, before)
     assert len(monitor.ledger) == entries + 1
-    assert monitor.ledger[-1]["actions"] == []
+    assert monitor.ledger[-1]["decisions"] == []
 
 
 class WithOutput(Classifier):
@@ -294,7 +294,7 @@ def test_weights_move_from_the_first_validation_on_and_lift_the_worst_group(
 ) -> None:
     monitor, _, weights = biased_run([ClassReweighting(by="group", step_size=4.0)], tmp_path)
     first = monitor.ledger[0]
-    assert first["actions"]
+    assert first["decisions"]
     assert not torch.equal(weights[0], torch.ones(4, 2))
     # groups 1 and 2 are those in which the shortcut is wrong; each group has one class
     assert weights[-1][1, 0] > 1.5 * weights[-1][0, 0]
@@ -320,8 +320,8 @@ def test_guidance_is_logged_as_the_mean_over_the_steps_of_an_epoch(tmp_path: Pat
     monitor = BiasMonitor(feedback=[AttentionGuidance(Counting(), 0.5), AttentionGuidance(Counting(), 2.0)])
     trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
     fit(Classifier(), trainer)
-    assert trainer.callback_metrics["bias/guidance"] == 0.5 * (5 + 6 + 7 + 8) / 4
-    assert trainer.callback_metrics["bias/guidance_1"] == 2.0 * (5 + 6 + 7 + 8) / 4
+    assert trainer.callback_metrics["bias/term/AttentionGuidance"] == 0.5 * (5 + 6 + 7 + 8) / 4
+    assert trainer.callback_metrics["bias/term/AttentionGuidance_1"] == 2.0 * (5 + 6 + 7 + 8) / 4
 
 
 def test_guidance_waits_until_a_bias_was_found(tmp_path: Path) -> None:
@@ -329,5 +329,5 @@ def test_guidance_waits_until_a_bias_was_found(tmp_path: Path) -> None:
     monitor, trainer = BiasMonitor(feedback=[guidance]), quiet_trainer(tmp_path)
     trainer.callbacks.append(monitor)
     fit(Classifier(BagOfWords()), trainer, DataLoader(Pairs(8), 8), DataLoader(Pairs(8), 8))
-    assert "bias/guidance" not in trainer.callback_metrics
+    assert "bias/term/AttentionGuidance" not in trainer.callback_metrics
     assert not guidance.active

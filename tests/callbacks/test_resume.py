@@ -44,6 +44,10 @@ def run(folder: Path, epochs: int, checkpoint: Path | None = None, **options: An
     return module, monitor, folder / "last.ckpt"
 
 
+def timeless(ledger: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in entry.items() if name != "time"} for entry in ledger]
+
+
 def test_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
     whole, monitor, _ = run(tmp_path / "whole", 4)
     _, _, checkpoint = run(tmp_path / "half", 2)
@@ -53,9 +57,9 @@ def test_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
     } == set()
     assert torch.equal(whole.criterion.class_weight, resumed.criterion.class_weight)
     assert not torch.equal(whole.criterion.class_weight, torch.ones(4, 2))
-    assert continued.ledger == monitor.ledger
+    assert timeless(continued.ledger) == timeless(monitor.ledger)
     assert torch.equal(continued.report.train_counts, monitor.report.train_counts)
-    assert sum(bool(entry["actions"]) for entry in monitor.ledger) > 1
+    assert sum(bool(entry["decisions"]) for entry in monitor.ledger) > 1
 
 
 def test_checkpoint_holds_nothing_that_safe_loading_refuses(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Module(nn.Module):
 
 
 def adding(amount: float) -> StepTap:
-    return StepTap(term=lambda batch: torch.tensor(amount))
+    return StepTap(term=lambda batch, output: torch.tensor(amount))
 
 
 def test_terms_add_to_a_tensor() -> None:
@@ -50,7 +50,7 @@ def test_terms_add_to_the_loss_of_a_dict_and_leave_the_users_dict_alone() -> Non
 
 def test_a_skipped_step_stays_skipped() -> None:
     module, asked = Module(), []
-    tap_step(module, "training_step", StepTap(term=asked.append))
+    tap_step(module, "training_step", StepTap(term=lambda batch, output: asked.append(batch)))
     assert module.training_step(None) is None
     assert asked == []
 
@@ -58,14 +58,14 @@ def test_a_skipped_step_stays_skipped() -> None:
 def test_no_term_keeps_the_very_output() -> None:
     output = {"loss": torch.tensor(1.0)}
     module = Module(output)
-    tap_step(module, "training_step", StepTap(term=lambda batch: None))
+    tap_step(module, "training_step", StepTap(term=lambda batch, output: None))
     assert module.training_step(None) is output
 
 
 def test_gradient_flows_through_loss_and_term() -> None:
     weight = torch.ones((), requires_grad=True)
     module = Module(3 * weight)
-    tap_step(module, "training_step", StepTap(term=lambda batch: 4 * weight))
+    tap_step(module, "training_step", StepTap(term=lambda batch, output: 4 * weight))
     module.training_step(None).backward()
     assert weight.grad == 7
 
@@ -80,7 +80,7 @@ def test_contexts_see_the_batch_and_close_in_reverse_before_terms() -> None:
             yield
             events.append(("exit", name))
 
-        return StepTap(context=context, term=lambda batch: events.append(("term", name)))
+        return StepTap(context=context, term=lambda batch, output: events.append(("term", name)))
 
     module = Module(torch.tensor(0.0))
     tap_step(module, "training_step", tap("a"))
@@ -189,7 +189,7 @@ def test_an_error_in_the_step_closes_the_contexts() -> None:
             closed.append(batch)
 
     module = Module({"no loss": 1})
-    tap_step(module, "training_step", StepTap(context=context, term=lambda batch: torch.tensor(1.0)))
+    tap_step(module, "training_step", StepTap(context=context, term=lambda batch, output: torch.tensor(1.0)))
     with pytest.raises(KeyError, match="loss"):
         module.training_step("batch")
     assert closed == ["batch"]

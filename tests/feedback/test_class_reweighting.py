@@ -15,7 +15,7 @@ from torch import nn
 
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback import ClassReweighting, Feedback
-from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss
+from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss, effective_number_weights
 
 CLASSES = ("negative", "positive")
 GROUPS = ("Amazon", "Tweets")
@@ -46,6 +46,10 @@ def bound(target, *arguments, **keywords):
     return feedback
 
 
+def texts(actions):
+    return tuple(map(str, actions))
+
+
 def saved(feedback):
     """What comes back from a checkpoint, which Lightning reads with ``weights_only=True``."""
     file = io.BytesIO()
@@ -62,12 +66,37 @@ def noisy(seed, groups=1):
 
 def test_weights_follow_the_recalls():
     target = module()
-    sentences = bound(target).apply(report())
+    actions = bound(target).apply(report())
     torch.testing.assert_close(target.criterion.class_weight, torch.tensor([0.6200510, 1.3799490]))
-    assert sentences == (
+    assert texts(actions) == (
         "negative: weight 1.00 -> 0.62 (recall 0.90)",
         "positive: weight 1.00 -> 1.38 (recall 0.50)",
     )
+    assert [action.old for action in actions] == [1.0, 1.0]
+    assert [action.new for action in actions] == pytest.approx([0.6200510, 1.3799490])
+
+
+def test_action_names_the_finding_that_it_answers():
+    target, other = module(), module()
+    lower, raised = bound(target).apply(report())
+    assert report().findings[0].key == ("class", "positive")
+    assert (lower.finding, raised.finding) == (None, ("class", "positive"))
+    few = report(torch.tensor([[[36, 4], [26, 14]]]), min_support=50)
+    assert not few.findings
+    assert [action.finding for action in bound(other).apply(few)] == [None, None]
+
+
+def test_action_on_a_cell_names_the_finding_of_the_cell_or_of_its_group():
+    single = torch.tensor([[[90, 10], [0, 0]], [[0, 0], [50, 50]]])  # of one class each: the cell is the group
+    for counts, where, key in (
+        (BY_GROUP, "Amazon, positive", ("group", "Amazon, positive")),
+        (single, "Tweets, positive", ("group", "Tweets")),
+    ):
+        target, told = module(num_groups=2), report(counts)
+        assert key in {finding.key for finding in told.findings}
+        named = {str(action).split(":")[0]: action.finding for action in bound(target, by="group").apply(told)}
+        assert named.pop(where) == key
+        assert set(named.values()) <= {None, ("class", "positive")}
 
 
 def test_sentences_name_the_average_that_the_weights_follow():
@@ -75,7 +104,7 @@ def test_sentences_name_the_average_that_the_weights_follow():
     feedback = bound(target)
     feedback.apply(report())
     # averages 0.7 * 0.9 + 0.3 * 0.6 = 0.81 and 0.7 * 0.5 + 0.3 * 0.8 = 0.59: positive rises above the better recall
-    negative, positive = feedback.apply(report(torch.tensor([[[60, 40], [20, 80]]])))
+    negative, positive = texts(feedback.apply(report(torch.tensor([[[60, 40], [20, 80]]]))))
     assert negative.endswith("(recall 0.60, average 0.81)")
     assert positive.endswith("(recall 0.80, average 0.59)")
     assert math.exp(0.62) / math.cosh(0.62) == pytest.approx(1.55, abs=0.005)  # 0.4 of the first step, 0.22 of this one
@@ -87,14 +116,14 @@ def test_sentences_say_when_a_recall_was_not_measured():
     feedback = bound(target, smoothing=0.0)
     names = ("a", "b", "c")
     feedback.apply(BiasReport(0, 0, torch.tensor([[[90, 10, 0], [50, 50, 0], [30, 0, 70]]]), names))
-    told = feedback.apply(BiasReport(0, 0, torch.tensor([[[900, 100, 0], [50, 50, 0], [0, 0, 0]]]), names))
+    told = texts(feedback.apply(BiasReport(0, 0, torch.tensor([[[900, 100, 0], [50, 50, 0], [0, 0, 0]]]), names)))
     assert next(line for line in told if line.startswith("c:")).endswith("(recall not measured, average 0.70)")
     assert next(line for line in told if line.startswith("b:")).endswith("(recall 0.50)")
 
 
 def test_weights_follow_the_cells():
     target = module(num_groups=2)
-    sentences = bound(target, by="group", dead_band=0.0, smoothing=0.0).apply(report(BY_GROUP))
+    sentences = texts(bound(target, by="group", dead_band=0.0, smoothing=0.0).apply(report(BY_GROUP)))
     recall = torch.tensor([[0.95, 16 / 30], [25 / 30, 0.92]], dtype=torch.float64)
     prior = torch.tensor([[100, 30], [30, 100]]) / 260
     raw = (2 * (recall.mean() - recall)).exp()
@@ -333,7 +362,7 @@ def test_many_changes_are_cut_to_the_largest():
     target = Module(WeightedCrossEntropyLoss(20))
     counts = torch.diag(torch.arange(5, 105, 5)).unsqueeze(0)
     counts[0, :, 0] += 105 - torch.arange(5, 105, 5)
-    sentences = bound(target).apply(BiasReport(0, 0, counts, tuple(f"c{i}" for i in range(20))))
+    sentences = texts(bound(target).apply(BiasReport(0, 0, counts, tuple(f"c{i}" for i in range(20)))))
     assert len(sentences) == 13
     assert sentences[0].startswith(("c0:", "c1:", "c19:"))
     assert sentences[-1].endswith("other weights changed less")
@@ -428,13 +457,17 @@ def test_feedback_needs_apply():
         Feedback()
 
 
-def test_steered_weights_leave_the_state_dict_and_all_else_stays():
+@pytest.mark.parametrize(
+    ("act", "buffer"), [("auto", "adjustment"), ("margin", "adjustment"), ("weight", "class_weight")]
+)
+def test_steered_table_leaves_the_state_dict_and_all_else_stays(act, buffer):
     steered, fresh = Module(LogitAdjustedLoss([90, 10])), Module(LogitAdjustedLoss([50, 50]))
-    bound(steered)
-    assert "criterion.class_weight" not in steered.state_dict()
-    with pytest.warns(UserWarning, match=r"lacks state of LogitAdjustedLoss \(criterion.class_weight\)"):
+    bound(steered, act=act)
+    (other,) = {"adjustment", "class_weight"} - {buffer}
+    assert f"criterion.{buffer}" not in steered.state_dict()
+    with pytest.warns(UserWarning, match=rf"lacks state of LogitAdjustedLoss \(criterion.{buffer}\)"):
         fresh.load_state_dict(steered.state_dict(), strict=True)
-    torch.testing.assert_close(fresh.criterion.adjustment, steered.criterion.adjustment)
+    torch.testing.assert_close(getattr(fresh.criterion, other), getattr(steered.criterion, other))
 
 
 class Own(nn.Module):
@@ -457,3 +490,299 @@ def test_a_loss_that_knows_nothing_of_it_keeps_its_weights_in_the_state_dict():
     steered, fresh = Module(Own()), Module(Own())
     bound(steered)
     fresh.load_state_dict(steered.state_dict(), strict=True)
+
+
+# --- as margin ---------------------------------------------------------------------------------------------------
+
+
+def margins(counts=(90, 10), **arguments):
+    return Module(LogitAdjustedLoss(list(counts), **arguments))
+
+
+def test_margin_is_subtracted_from_the_shift_of_the_loss():
+    target = margins()
+    start = target.criterion.adjustment.clone()
+    lower, raised = bound(target).apply(report())
+    # the weights would be 0.62 and 1.38
+    expected = start - torch.tensor([0.6200510, 1.3799490]).log()
+    torch.testing.assert_close(target.criterion.adjustment, expected)
+    assert target.criterion.class_weight.tolist() == [1.0, 1.0]
+    assert expected[1] < start[1]  # the class that is missed is made harder in training
+    assert {str(lower), str(raised)} == {
+        f"negative: shift -0.11 -> {expected[0]:.2f} (recall 0.90)",
+        f"positive: shift -2.30 -> {expected[1]:.2f} (recall 0.50)",
+    }
+    named = {action.text.split(":")[0]: action.finding for action in (lower, raised)}
+    assert named == {"negative": None, "positive": ("class", "positive")}
+
+
+def test_margins_do_not_add_up_over_reports():
+    target, weights = margins(tau=0.0), module()
+    feedback, twin = bound(target), bound(weights)
+    for seed in range(5):
+        feedback.apply(noisy(seed))
+        twin.apply(noisy(seed))
+    torch.testing.assert_close(target.criterion.adjustment, -weights.criterion.class_weight.log())
+    assert torch.equal(feedback.weights.float(), weights.criterion.class_weight)
+
+
+def test_act_chooses_the_table():
+    for act, moved, kept in (("auto", "adjustment", "class_weight"), ("weight", "class_weight", "adjustment")):
+        target = margins()
+        before = copy.deepcopy(target.criterion)
+        bound(target, act=act).apply(report())
+        assert torch.equal(getattr(target.criterion, kept), getattr(before, kept))
+        assert not torch.equal(getattr(target.criterion, moved), getattr(before, moved))
+    with pytest.raises(ValueError, match=r"Expected a loss with a buffer `adjustment` at .*LogitAdjustedLoss\("):
+        ClassReweighting(act="margin").bind(module())
+    with pytest.raises(ValueError, match="act='margin' needs by='class'"):
+        ClassReweighting(by="group", act="margin")
+    grouped = Module(nn.ModuleDict({"a": WeightedCrossEntropyLoss(2, num_groups=2), "b": nn.Module()}))
+    grouped.criterion["b"].register_buffer("adjustment", torch.zeros(2))
+    bound(grouped, by="group").apply(report(BY_GROUP))
+    assert grouped.criterion["a"].class_weight.std() > 0
+
+
+def test_a_shift_that_is_not_finite_is_refused():
+    target = margins()
+    target.criterion.adjustment[1] = -math.inf
+    with pytest.raises(ValueError, match=r"`criterion\.adjustment` must be finite to start from, got"):
+        ClassReweighting().bind(target)
+
+
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_state_of_the_other_table_is_refused(bind_first):
+    state = bound(margins(), act="margin").state_dict()
+    feedback, target = ClassReweighting(act="weight"), margins()
+    with pytest.raises(ValueError, match="state is of `adjustment`, but `class_weight` is steered now"):  # noqa: PT012
+        if bind_first:
+            feedback.bind(target)
+        feedback.load_state_dict(state)
+        feedback.bind(target)
+
+
+def imbalanced(seed):
+    """Rare class against a frequent one, in more dimensions than there are rare samples: a net fits all of it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(frequent, rare):
+        target = torch.cat([torch.zeros(frequent), torch.ones(rare)]).long()
+        inputs = torch.randn(frequent + rare, 20, generator=generator)
+        inputs[:, 0] += 2.0 * target
+        return inputs, target
+
+    return draw(200, 10), draw(300, 300), draw(2000, 2000)
+
+
+def confusion(layer, data):
+    with torch.no_grad():
+        predicted = layer(data[0]).argmax(dim=1)  # plain logits
+    return torch.zeros(1, 2, 2, dtype=torch.int64).index_put_(
+        (torch.zeros_like(predicted), data[1], predicted), torch.tensor(1), accumulate=True
+    )
+
+
+def recall_of_the_worst(seed, **arguments):
+    torch.manual_seed(seed)
+    train, monitor, test = imbalanced(seed)
+    target = nn.Module()
+    target.layer, target.criterion = nn.Linear(20, 2), LogitAdjustedLoss([200, 10], tau=0.0)
+    feedback = bound(target, **arguments) if arguments else None
+    optimizer = torch.optim.AdamW(target.layer.parameters(), 0.05)
+    for epoch in range(8):
+        for _ in range(10):
+            optimizer.zero_grad()
+            target.criterion(target.layer(train[0]), train[1]).backward()
+            optimizer.step()
+        if feedback is not None:
+            fed = torch.tensor([[200, 10]]) * (epoch + 1)
+            feedback.apply(BiasReport(epoch, 0, confusion(target.layer, monitor), CLASSES, train_counts=fed))
+    counts = confusion(target.layer, test)[0]
+    return float((counts.diagonal() / counts.sum(dim=1)).min())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_margins_raise_the_worst_recall_above_weights_and_above_none(seed):
+    plain = recall_of_the_worst(seed)
+    weights, margin = (recall_of_the_worst(seed, act=act) for act in ("weight", "margin"))
+    assert weights > plain + 0.1
+    assert margin > weights + 0.02
+
+
+# --- held, withdrawn ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: module(weight=[0.7, 1.9]), margins])
+@pytest.mark.parametrize("stop", [lambda feedback: feedback.hold(True), lambda feedback: feedback.withdraw()])
+def test_what_stops_gives_back_what_the_loss_had_and_goes_on_deciding(make, stop):
+    target, other = make(), make()
+    feedback, twin = bound(target), bound(other)
+    name = "adjustment" if hasattr(target.criterion, "adjustment") else "class_weight"
+    start = getattr(target.criterion, name).clone()
+    told = [twin.apply(noisy(seed)) for seed in range(3)]
+    feedback.apply(noisy(0))
+    assert not torch.equal(getattr(target.criterion, name), start)
+    stop(feedback)
+    assert torch.equal(getattr(target.criterion, name), start)
+    assert [feedback.apply(noisy(seed)) for seed in (1, 2)] == told[1:]  # what it would have done
+    assert torch.equal(getattr(target.criterion, name), start)
+    assert torch.equal(feedback.weights, twin.weights)
+    feedback.hold(False)
+    expected = start if feedback.withdrawn else getattr(other.criterion, name)
+    assert torch.equal(getattr(target.criterion, name), expected)
+
+
+def test_dry_run_leaves_loss_and_checkpoint_to_others():
+    target = module()
+    feedback = ClassReweighting()
+    feedback.hold(True)
+    feedback.bind(target)
+    assert "criterion.class_weight" in target.state_dict()
+    target.criterion.set_class_weight([0.5, 2.0])  # a schedule of the user's own
+    assert len(feedback.apply(report())) == 2
+    feedback.bind(target)
+    feedback.load_state_dict(saved(feedback))
+    assert target.criterion.class_weight.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("bind_first", [True, False])
+@pytest.mark.parametrize("criterion", [lambda: WeightedCrossEntropyLoss(2), lambda: LogitAdjustedLoss([9, 1]), Own])
+def test_a_resumed_run_knows_what_was_withdrawn(bind_first, criterion):
+    target, resumed = Module(criterion()), Module(criterion())
+    start = copy.deepcopy(target.criterion.state_dict())
+    feedback, second = bound(target), ClassReweighting()
+    feedback.apply(report())
+    feedback.withdraw()
+    if bind_first:
+        second.bind(resumed)
+    second.load_state_dict(saved(feedback))
+    second.bind(resumed)
+    assert second.withdrawn
+    second.apply(noisy(1))
+    for name, value in start.items():
+        assert torch.equal(resumed.criterion.get_buffer(name), value)
+
+
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_run_resumed_as_a_dry_run_gets_back_what_the_loss_had(bind_first):
+    """A loss that is not ours keeps the steered table in the checkpoint of the module."""
+    target, resumed = Module(Own()), Module(Own())
+    feedback = bound(target)
+    feedback.apply(report())
+    second = ClassReweighting()
+    second.hold(True)
+    if bind_first:
+        second.bind(resumed)
+    resumed.load_state_dict(target.state_dict())
+    assert resumed.criterion.class_weight.tolist() != [1.0, 1.0]
+    second.load_state_dict(saved(feedback))
+    second.bind(resumed)
+    assert resumed.criterion.class_weight.tolist() == [1.0, 1.0]
+
+
+def test_resumed_run_keeps_the_start_of_the_first_run():
+    target, resumed = module(weight=[1.0, 3.0]), module(weight=[1.0, 3.0])
+    feedback, second = bound(target), ClassReweighting()
+    feedback.apply(report())
+    second.load_state_dict(saved(feedback))
+    second.bind(resumed)
+    second.withdraw()
+    assert resumed.criterion.class_weight.tolist() == [1.0, 3.0]
+
+
+# --- policies ----------------------------------------------------------------------------------------------------
+
+
+def test_difficulty_follows_the_averaged_recalls():
+    target = module()
+    feedback = bound(target, policy="difficulty", smoothing=0.5)
+    feedback.apply(report())
+    torch.testing.assert_close(target.criterion.class_weight, torch.tensor([0.1, 0.5]) / 0.3)
+    feedback.apply(report(torch.tensor([[[70, 30], [10, 90]]])))
+    torch.testing.assert_close(target.criterion.class_weight, torch.tensor([0.2, 0.3]) / 0.25)
+
+
+def test_difficulty_has_no_memory_but_the_average():
+    target, other = module(), module()
+    first, second = (bound(each, policy="difficulty", smoothing=0.0, tau=2.0) for each in (target, other))
+    first.apply(report())
+    for feedback in (first, second):
+        feedback.apply(noisy(1))
+    torch.testing.assert_close(target.criterion.class_weight, other.criterion.class_weight)
+    recall = noisy(1).recall
+    assert float(feedback.weights[0] / feedback.weights[1]) == pytest.approx(
+        float(((1 - recall[0]) / (1 - recall[1])) ** 2)
+    )
+
+
+def test_effective_number_counts_the_samples_of_one_epoch():
+    target = module()
+    feedback = bound(target, policy="effective_number", beta=0.99)
+    for epoch in range(3):
+        fed = torch.tensor([[900, 100]]) * (epoch + 1)
+        actions = feedback.apply(BiasReport(epoch, 0, BY_CLASS, CLASSES, train_counts=fed))
+        assert len(actions) == (2 if epoch == 0 else 0)
+        expected = effective_number_weights([900, 100], 0.99)
+        expected = expected / (expected * torch.tensor([0.9, 0.1])).sum()
+        torch.testing.assert_close(target.criterion.class_weight, expected)
+
+
+def test_effective_number_knows_nothing_without_training():
+    target = module()
+    feedback = bound(target, policy="effective_number")
+    assert feedback.apply(report()) == ()
+    assert target.criterion.class_weight.tolist() == [1.0, 1.0]
+    (frequent, _) = feedback.apply(report(train_counts=torch.tensor([[9, 1]])))[::-1]
+    assert str(frequent).endswith("samples an epoch)")
+
+
+def test_deferred_waits_for_its_reports():
+    target, fed = module(), torch.tensor([[90, 10]])
+    feedback = bound(target, policy="deferred", warm_up=2, beta=1.0)
+    for _ in range(2):
+        assert feedback.apply(report(train_counts=fed)) == ()
+        assert target.criterion.class_weight.tolist() == [1.0, 1.0]
+    feedback.apply(report(train_counts=fed))
+    torch.testing.assert_close(target.criterion.class_weight, torch.tensor([0.5 / 0.9, 5.0]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"policy": "difficulty", "warm_up": 1},
+        {"policy": "effective_number"},
+        {"policy": "deferred", "warm_up": 5},
+        {"act": "margin"},
+    ],
+)
+@pytest.mark.parametrize("bind_first", [True, False])
+def test_every_policy_resumes_bitwise(arguments, bind_first):
+    straight, broken, resumed = margins(), margins(), margins()
+    whole, first = bound(straight, **arguments), bound(broken, **arguments)
+    told = [whole.apply(noisy(seed)) for seed in range(8)]
+    for seed in range(4):
+        first.apply(noisy(seed))
+    second = ClassReweighting(**arguments)
+    if bind_first:
+        second.bind(resumed)
+    second.load_state_dict(saved(first))
+    second.bind(resumed)
+    assert [second.apply(noisy(seed)) for seed in range(4, 8)] == told[4:]
+    for name, value in straight.criterion.named_buffers():
+        assert torch.equal(resumed.criterion.get_buffer(name), value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "recal"}, "`policy` must be one of 'recall', 'difficulty', 'effective_number', 'deferred'"),
+        ({"act": "both"}, "`act` must be one of 'auto', 'weight', 'margin'"),
+        ({"policy": "deferred"}, "with warm_up=0: pass policy='effective_number'"),
+        ({"policy": "effective_number", "warm_up": 1}, "or policy='deferred'"),
+        ({"tau": -1.0}, "`tau` must lie between 0 and 10"),
+        ({"beta": 1.5}, "`beta` must lie between 0 and 1"),
+    ],
+)
+def test_policies_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ClassReweighting(**arguments)

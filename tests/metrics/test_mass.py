@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from attn_callbacks.functional import attention_mass, target_share
-from attn_callbacks.metrics import ClassMass
+from attn_callbacks.metrics.mass import ClassMass, ClassMassResult, pooled_mass
 from tests.metrics.merging import reduced
+from tests.metrics.test_no_wait import assert_updated_in_place, layout
 
 
 def random_batch(seed: int, samples: int = 30, classes: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,6 +45,80 @@ def test_masses_match_a_loop():
     assert result.lift[2].isnan()
 
 
+def with_outcome(seed: int) -> tuple[torch.Tensor, ...]:
+    mass, share, target = random_batch(seed)
+    right = torch.rand(len(mass), generator=torch.Generator().manual_seed(100 + seed)) < 0.6
+    return mass, share, target, right
+
+
+def counted(batches: list[tuple[torch.Tensor, ...]]) -> list[tuple[float, float, int, bool]]:
+    """Mass, share, target and outcome of every sample that counts."""
+    samples = []
+    for batch in batches:
+        for mass, share, target, right in zip(*(part.tolist() for part in batch), strict=True):
+            heads = [value for value in mass if not math.isnan(value)]
+            if heads and share > 0 and target >= 0:
+                samples.append((sum(heads) / len(heads), share, target, right))
+    return samples
+
+
+def test_errors_and_outcomes_match_a_loop():
+    metric, batches = ClassMass(3), [with_outcome(seed) for seed in range(3)]
+    for batch in batches:
+        metric.update(*batch)
+    result, samples = metric.compute(), counted(batches)
+    for label in range(2):
+        masses = np.array([mass for mass, _, target, _ in samples if target == label])
+        assert result.error[label].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(masses)))
+        for outcome in (False, True):
+            own = [(mass, share) for mass, share, target, right in samples if (target, right) == (label, outcome)]
+            masses, shares = np.array(own).T
+            place = label, int(outcome)
+            assert result.outcome_support[place] == len(own)
+            assert result.outcome_mass[place].item() == pytest.approx(masses.mean())
+            assert result.outcome_error[place].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(own)))
+            assert result.outcome_lift[place].item() == pytest.approx(masses.mean() / shares.mean())
+    assert result.outcome_support.sum(dim=1).tolist() == result.support.tolist()
+    assert result.outcome_mass[2].isnan().all()
+
+
+def test_pooled_outcomes_match_a_loop():
+    metric, batches = ClassMass(3), [with_outcome(seed) for seed in range(3)]
+    lone = (torch.tensor([0.9]), torch.tensor([0.5]), torch.tensor([2]), torch.tensor([False]))  # has no error
+    for batch in (*batches, lone):
+        metric.update(*batch)
+    result = metric.compute()
+    mass, error, support = pooled_mass(result.outcome_mass, result.outcome_error, result.outcome_support)
+    samples = [*counted(batches), (0.9, 0.5, 2, False)]
+    for outcome in (False, True):
+        masses = np.array([mass for mass, _, _, right in samples if right == outcome])
+        assert support[int(outcome)] == len(masses)
+        assert mass[int(outcome)].item() == pytest.approx(masses.mean())
+        assert error[int(outcome)].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(masses)))
+
+
+def test_batches_without_outcome_count_for_their_class_alone():
+    metric, batch = ClassMass(3), with_outcome(0)
+    metric.update(*batch[:3])
+    assert metric.compute().outcome_support.sum() == 0
+    assert metric.compute().outcome_mass.isnan().all()
+    metric.update(*batch)
+    result = metric.compute()
+    assert (result.support == 2 * result.outcome_support.sum(dim=1)).all()
+
+
+def test_first_fields_are_those_of_an_attention_share():
+    shared = ("mass", "lift", "support", "error", "outcome_mass", "outcome_support", "outcome_error")
+    assert ClassMassResult._fields[:7] == shared
+
+
+def test_update_with_outcome_reads_no_value_off_the_cpu():
+    labels, share = torch.ones(4, dtype=torch.long, device="meta"), torch.ones(4, device="meta")
+    metric = ClassMass(2).to("meta")
+    assert_updated_in_place(metric, share[:, None], share, labels, labels.bool())
+    assert layout(metric)["outcome_sums"] == ("meta", torch.float64, (2, 2, 3))
+
+
 def test_uniform_attention_has_lift_one():
     target_mask = torch.tensor([[True, False, False, False], [True, True, True, False]])
     metric = ClassMass(2)
@@ -56,10 +131,10 @@ def test_uniform_attention_has_lift_one():
 def test_two_processes_equal_one_on_the_union():
     halves, union = (ClassMass(3), ClassMass(3)), ClassMass(3)
     for k in range(4):
-        halves[k % 2].update(*random_batch(k))
-        union.update(*random_batch(k))
+        halves[k % 2].update(*with_outcome(k))
+        union.update(*with_outcome(k))
     torch.testing.assert_close(
-        tuple(reduced(*halves).compute()), tuple(union.compute()), rtol=1e-14, atol=0, equal_nan=True
+        tuple(reduced(*halves).compute()), tuple(union.compute()), rtol=1e-13, atol=0, equal_nan=True
     )
 
 
@@ -77,6 +152,7 @@ def test_half_precision_and_inference_mode():
     [
         ({"mass": torch.ones(2, 1, 1)}, r"`mass` must have shape \(batch,\) or \(batch, heads\), got \(2, 1, 1\)"),
         ({"share": torch.ones(3)}, r"`share` must have shape \(batch,\) = \(2,\), got \(3,\)"),
+        ({"right": torch.ones(3, dtype=torch.bool)}, r"`right` must have shape \(batch,\) = \(2,\), got \(3,\)"),
         ({"target": torch.ones(3, dtype=torch.long)}, r"`target` must have shape \(samples,\) = \(2,\), got \(3,\)"),
         ({"target": torch.tensor([0, 4])}, "`target` must lie between 0 and 1, got 4"),
     ],

@@ -1,0 +1,129 @@
+"""Findings about features: token sets that predictions rely on, and candidates where no set was marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.bias._judge import ANSWERS, amount, beyond_chance
+from attn_callbacks.bias.candidate import Candidate
+from attn_callbacks.bias.corrections import holm
+from attn_callbacks.bias.finding import Finding
+from attn_callbacks.bias.intervals import deviations
+from attn_callbacks.bias.reliance import Reliance
+
+if TYPE_CHECKING:
+    from attn_callbacks.bias.report import BiasReport
+
+__all__ = ["candidate_chance", "candidate_findings", "reliance_findings"]
+
+_MARK = (
+    "If it should not decide, mark it as spurious in the batch schema: reliance on it is then measured, and feedback "
+    "can act."
+)
+_CLASSES = 3
+"""Classes that a finding tells."""
+
+
+def reliance_findings(report: BiasReport) -> Iterator[Finding]:
+    """Yield token sets without which accuracy falls; relevant tokens are there to be relied on.
+
+    Args:
+        report: The report.
+    """
+    sets = [(name, reliance) for name, reliance in report.reliance.items() if name != "relevance"]
+    if not sets:
+        return
+    enough = torch.tensor([reliance.support >= report.min_support for _, reliance in sets])
+    size = torch.tensor([reliance.drop for _, reliance in sets], dtype=torch.float64).where(enough, torch.nan)
+    chance = torch.tensor([reliance.p_value for _, reliance in sets], dtype=torch.float64).where(enough, torch.nan)
+    p_values, found = beyond_chance(size, chance)
+    for (place,) in found:
+        name, reliance = sets[place]
+        text = (
+            f"Predictions rely on {name} tokens: accuracy falls from {reliance.before:.2f} to {reliance.after:.2f}, by "
+            f"{amount(reliance.drop, reliance.interval)}, without what they hold ({reliance.method}), on "
+            f"{reliance.support} samples."
+        )
+        yield Finding(
+            "feature",
+            name,
+            reliance.drop,
+            reliance.error,
+            reliance.support,
+            text,
+            reliance.interval,
+            float(p_values[place]),
+            ANSWERS["feature"],
+            tuple(_about_set(report, name, reliance)),
+        )
+
+
+def candidate_findings(report: BiasReport) -> Iterator[Finding]:
+    """Yield candidates that go with errors beyond chance, unless groups or a spurious set say more.
+
+    Args:
+        report: The report.
+    """
+    if report.has_groups or "spurious" in report.attention or "spurious" in report.reliance:
+        return
+    size = torch.tensor([candidate.difference for candidate in report.candidates], dtype=torch.float64)
+    p_values, found = beyond_chance(size, _raw_chance(report), _comparisons(report))
+    for (place,) in found:
+        candidate = report.candidates[place]
+        error = _error(candidate)
+        low, high = candidate.difference - deviations() * error, candidate.difference + deviations() * error
+        text = (
+            f"Candidate {candidate.name} goes with errors: {candidate.wrong:.2f} in wrong predictions, "
+            f"{candidate.right:.2f} in right ones, a difference of {amount(candidate.difference, (low, high))}, on "
+            f"{candidate.support} samples. {_MARK}"
+        )
+        where, chance = candidate.name, float(p_values[place])
+        size_found, evidence = candidate.difference, tuple(f"Example: {example}" for example in candidate.examples)
+        yield Finding("feature", where, size_found, error, candidate.support, text, (low, high), chance, (), evidence)
+
+
+def candidate_chance(report: BiasReport) -> Tensor:
+    """Return the p-value of each candidate, corrected for all that were compared; NaN below the minimum support.
+
+    Args:
+        report: The report.
+    """
+    return holm(_raw_chance(report), _comparisons(report))
+
+
+def _raw_chance(report: BiasReport) -> Tensor:
+    chance = [c.p_value if c.support >= report.min_support else torch.nan for c in report.candidates]
+    return torch.tensor(chance, dtype=torch.float64)
+
+
+def _comparisons(report: BiasReport) -> int:
+    return max((candidate.compared for candidate in report.candidates), default=0)
+
+
+def _error(candidate: Candidate) -> float:
+    """Standard error that fits the difference and its p-value."""
+    chance = min(max(candidate.p_value, 1e-300), 1.0) / 2
+    return candidate.difference / -NormalDist().inv_cdf(chance) if chance < 0.5 else torch.inf
+
+
+def _about_set(report: BiasReport, name: str, reliance: Reliance) -> Iterator[str]:
+    drop = reliance.class_drop.where(reliance.class_support >= report.min_support, -torch.inf)
+    hit = [
+        f"{report.class_names[label]} by {drop[label]:.2f}"
+        for label in drop.argsort(descending=True, stable=True)[:_CLASSES].tolist()
+        if drop[label] > 0
+    ]
+    if hit:
+        yield f"Recall falls most for {', '.join(hit)}."
+    share = report.attention.get(name)
+    if share is not None and bool((share.support >= report.min_support).any()):
+        label = int(share.mass.where(share.support >= report.min_support, -torch.inf).argmax())
+        yield (
+            f"Attention on them is highest for {report.class_names[label]}: mass {share.mass[label]:.2f}, "
+            f"{share.lift[label]:.1f} times chance."
+        )

@@ -1,0 +1,141 @@
+"""Functional reliance: what predictions lose when a token set no longer tells anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from attn_callbacks.bias._held import check_axes_of, hold
+from attn_callbacks.bias.intervals import paired_interval
+from attn_callbacks.bias.rates import rate
+
+__all__ = ["Reliance"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reliance:
+    """Accuracy lost when a token set is shuffled across samples: what attention mass cannot tell.
+
+    The same samples are predicted before and after, so that only those whose outcome changed count for the test.
+
+    Args:
+        counts: Number of samples of each class by outcome before and outcome after: wrong 0, right 1.
+        method: What was done to the set.
+
+    Shape:
+        - counts: ``(classes, 2, 2)``
+
+    Raises:
+        ValueError: If ``counts`` has another shape.
+
+    Example:
+        >>> reliance = Reliance(torch.tensor([[[10, 0], [30, 60]], [[20, 5], [5, 70]]]))
+        >>> reliance.drop
+        0.15
+        >>> reliance.class_drop
+        tensor([0.3000, 0.0000], dtype=torch.float64)
+        >>> reliance.p_value < 1e-4
+        True
+    """
+
+    counts: Tensor
+    method: str = "shuffle"
+
+    def __post_init__(self) -> None:
+        check_axes_of("counts", self.counts, ("classes", 2, 2))
+        hold(self, "counts", torch.int64)
+
+    @cached_property
+    def class_support(self) -> Tensor:
+        """Number of samples of each class, ``(classes,)``."""
+        return self.counts.sum(dim=(1, 2))
+
+    @property
+    def support(self) -> int:
+        """Number of samples."""
+        return int(self.counts.sum())
+
+    @property
+    def before(self) -> float:
+        """Accuracy with the set as it is; NaN without samples."""
+        return float(rate(self._all[1].sum(), self._all.sum()))
+
+    @property
+    def after(self) -> float:
+        """Accuracy without it; NaN without samples."""
+        return float(rate(self._all[:, 1].sum(), self._all.sum()))
+
+    @property
+    def drop(self) -> float:
+        """Accuracy lost; NaN without samples."""
+        return float(_drop(self._all))
+
+    @property
+    def error(self) -> float:
+        """Standard error of :attr:`drop`."""
+        return float(_error(self._all))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of :attr:`drop`."""
+        low, high = paired_interval(self._all).tolist()
+        return low, high
+
+    @property
+    def p_value(self) -> float:
+        """Probability that chance changes the outcomes so unequally, either way: the exact McNemar test."""
+        return _mcnemar(int(self._all[1, 0]), int(self._all[0, 1])) if self.support else math.nan
+
+    @cached_property
+    def class_drop(self) -> Tensor:
+        """Recall lost by each class, ``(classes,)``; NaN without samples."""
+        return _drop(self.counts)
+
+    @cached_property
+    def class_error(self) -> Tensor:
+        """Standard error of :attr:`class_drop`, ``(classes,)``."""
+        return _error(self.counts)
+
+    @cached_property
+    def class_interval(self) -> Tensor:
+        """95 % intervals of :attr:`class_drop`, ``(classes, 2)``."""
+        return paired_interval(self.counts)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the counts and all that follows from them, by name."""
+        names = ("method", "counts", "support", "before", "after", "drop", "error", "interval", "p_value")
+        return {name: getattr(self, name) for name in (*names, *_BY_CLASS)}
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return self.counts.sum(dim=0)  # (before, after)
+
+
+_BY_CLASS = ("class_support", "class_drop", "class_error", "class_interval")
+
+
+def _drop(counts: Tensor) -> Tensor:
+    return rate(counts[..., 1, 0] - counts[..., 0, 1], counts.sum(dim=(-2, -1)))
+
+
+def _error(counts: Tensor) -> Tensor:
+    r"""Standard error of paired differences; half a sample added to each cell, or no change would look certain.
+
+    Agresti and Min, "Simple Improved Confidence Intervals for Comparing Matched Proportions", 2005.
+    """
+    size = counts.sum(dim=(-2, -1)).double() + 2
+    lost, gained = counts[..., 1, 0] + 0.5, counts[..., 0, 1] + 0.5
+    error = (lost + gained - (lost - gained).square() / size).sqrt().double() / size
+    return error.where(size > 2, torch.nan)
+
+
+def _mcnemar(lost: int, gained: int) -> float:
+    """Probability of a split at least this unequal of fair coins."""
+    coins, most = lost + gained, max(lost, gained)
+    heads = torch.arange(most, coins + 1, dtype=torch.float64)
+    ways = math.lgamma(coins + 1) - torch.lgamma(heads + 1) - torch.lgamma(coins - heads + 1)
+    return min(1.0, 2 * float((ways - coins * math.log(2)).exp().sum()))

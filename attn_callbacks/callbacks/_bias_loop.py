@@ -1,0 +1,152 @@
+"""The loop that BiasMonitor closes: feedback bound to a run, asked after each report, judged, and remembered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
+from attn_callbacks.batch import BatchSchema
+from attn_callbacks.bias import BiasReport
+from attn_callbacks.callbacks._fed_steps import FedSteps
+from attn_callbacks.callbacks._guard import message
+from attn_callbacks.callbacks._steps import tap_step
+from attn_callbacks.callbacks._training_loader import restart_loader, training_sampler
+from attn_callbacks.feedback import Action, Feedback, StepFeedback
+from attn_callbacks.feedback.ledger import Ledger, feedback_names
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+__all__ = ["BiasLoop", "misconfigured"]
+
+
+class BiasLoop:
+    """Feedback of one monitor over a run.
+
+    Args:
+        feedback: What answers reports.
+        schema: Where a batch has what.
+        patience: Validations after which feedback that has not helped is withdrawn; ``None``: never.
+        dry_run: Decide everything and do nothing.
+    """
+
+    def __init__(self, feedback: Sequence[Feedback], schema: BatchSchema, patience: int | None, dry_run: bool) -> None:
+        self.feedback, self.ledger = tuple(feedback), Ledger(patience)
+        self._schema, self._patience, self._dry_run = schema, patience, dry_run
+        self._names = feedback_names(self.feedback)
+        self._steps: FedSteps | None = None
+        self._seed: int | None = None
+        self._place = (0, 0)
+        self._sampler: Any = None
+
+    def start(self, trainer: Trainer, module: LightningModule, seed: int) -> list[Callable[[], None]]:
+        """Bind the feedback for a new run, and return what ends its part in training steps.
+
+        Args:
+            trainer: The Trainer.
+            module: The module that trains.
+            seed: Of the random numbers of this run, the same on all processes.
+
+        Raises:
+            MisconfigurationException: If a feedback does not find what it needs.
+        """
+        self.ledger, self._seed, self._sampler = Ledger(self._patience), seed, None
+        if self.feedback and not module.automatic_optimization:
+            raise MisconfigurationException(
+                "`BiasMonitor` with feedback needs automatic optimization. Use the losses in your own "
+                "`training_step` instead."
+            )
+        for feedback in self.feedback:
+            with misconfigured():
+                feedback.bind(module)
+            feedback.hold(self._dry_run)
+        taking_part = [feedback for feedback in self.feedback if isinstance(feedback, StepFeedback)]
+        self._steps = None
+        if not taking_part:
+            return []
+        rank = trainer.global_rank
+        self._steps = FedSteps(module, taking_part, self._schema, lambda: self._place, lambda: (self._seed or 0, rank))
+        return [tap_step(module, "training_step", self._steps.tap)]
+
+    def start_training(self, trainer: Trainer) -> None:
+        """Hand over the optimisers and the sampler, once there are any."""
+        for feedback in self.feedback:
+            with misconfigured():
+                feedback.bind_optimizers(trainer.optimizers)
+        self.start_epoch(trainer, first=True)
+
+    def start_epoch(self, trainer: Trainer, *, first: bool = False) -> None:
+        """Hand over the sampler; a Trainer may have built its loader anew."""
+        if not any(type(feedback).bind_sampler is not Feedback.bind_sampler for feedback in self.feedback):
+            return
+        with misconfigured():
+            sampler = training_sampler(trainer)
+            for feedback in self.feedback:
+                feedback.bind_sampler(sampler)
+        if first and sampler is not self._sampler:
+            restart_loader(trainer)
+        self._sampler = sampler
+
+    def start_step(self, step: int, batch_index: int) -> None:
+        """Say which step comes next."""
+        self._place = (step, batch_index)
+
+    def answer(
+        self, report: BiasReport, measured: Mapping[str, float], *, act: bool, note: str | None
+    ) -> dict[str, list[Action]]:
+        """Ask every feedback, judge it, and enter it into the ledger.
+
+        Args:
+            report: What was found; the same on all processes.
+            measured: What models are selected by.
+            act: ``False`` enters the report alone.
+            note: What the reader should know of this validation.
+
+        Returns:
+            What each feedback did, by its name.
+        """
+        actions: dict[str, list[Action]] = {}
+        for name, feedback in zip(self._names, self.feedback, strict=True):
+            if not act or feedback.withdrawn:
+                continue
+            made = list(feedback.apply(report))
+            useless = None if self._dry_run else self.ledger.useless(name, feedback, report, acted=bool(made))
+            if useless is not None:
+                feedback.withdraw()
+                made = [useless]
+            if made:
+                actions[name] = made
+        self.ledger.add(report, measured, actions, dry_run=self._dry_run, time=time.time(), note=note)
+        return actions
+
+    def mean_terms(self, trainer: Trainer) -> dict[str, float]:
+        """Return the mean loss term of each feedback since the last call; every process must call it."""
+        return {} if self._steps is None else self._steps.means(trainer.strategy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the feedback, the ledger and the seed."""
+        states = [feedback.state_dict() for feedback in self.feedback]
+        return {"feedback": states, "ledger": self.ledger.state_dict(), "seed": self._seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a checkpoint left off."""
+        states = state.get("feedback", ())
+        if len(states) != len(self.feedback):
+            rank_zero_warn(f"`BiasMonitor` has {len(self.feedback)} feedback, the checkpoint the state of {len(states)}.")
+        for feedback, own in zip(self.feedback, states, strict=False):
+            feedback.load_state_dict(own)
+        ledger = state.get("ledger", {})
+        self.ledger.load_state_dict(ledger if isinstance(ledger, Mapping) else {"entries": ledger})
+        self._seed = state.get("seed", self._seed)
+
+
+@contextmanager
+def misconfigured() -> Iterator[None]:
+    """Name what is wrong with the set-up as the Trainer's users know it."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise MisconfigurationException(message(error)) from error

@@ -1,0 +1,40 @@
+"""The sampler of a Trainer's training loader."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+__all__ = ["restart_loader", "training_sampler"]
+
+
+def training_sampler(trainer: Trainer) -> Any:
+    """Return what draws the indices of the training data.
+
+    Raises:
+        ValueError: If there is not one ``DataLoader``, or nothing draws indices for it.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        came = type(loader).__name__
+        raise ValueError(f"Resampling needs one `DataLoader` as training data, got {came}. Resample in it yourself.")
+    if getattr(trainer, "overfit_batches", 0):
+        raise ValueError("Resampling does not go with `overfit_batches`, which takes the sampler away. Leave one out.")
+    sampler = loader.sampler
+    if type(sampler).__name__ == "_InfiniteConstantSampler":
+        raise ValueError(
+            "Resampling needs a data set with indices, and the training data is an iterable. Use an indexed data set."
+        )
+    return sampler
+
+
+def restart_loader(trainer: Trainer) -> None:
+    """Let workers draw again: the Trainer starts them before any hook that can tell a sampler what to draw."""
+    loader: Any = trainer.train_dataloader
+    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+    if loader.num_workers and fetcher is not None and not trainer.fit_loop.restarted_mid_epoch:
+        iter(fetcher)
