@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from attn_callbacks.bias._held import hold
-from attn_callbacks.bias.bootstrap import bootstrap_interval
+from attn_callbacks.bias.bootstrap import Margins, margins_interval, margins_of
 
 __all__ = ["Disparity", "demographic_parity", "equalised_odds"]
 
@@ -108,31 +107,30 @@ Rates = tuple[Tensor, Tensor]
 """Hits and support, ``(draws, groups, rates, classes)``."""
 
 
-def _prediction_rates(counts: Tensor) -> Rates:
-    predicted = counts.sum(dim=-2)
-    return predicted.unsqueeze(-2), counts.sum(dim=(-2, -1), keepdim=True).expand_as(predicted.unsqueeze(-2))
+def _prediction_rates(margins: Margins) -> Rates:
+    predicted = margins.predicted.unsqueeze(-2)
+    return predicted, margins.support.sum(dim=-1, keepdim=True).unsqueeze(-2).expand_as(predicted)
 
 
-def _odds_rates(counts: Tensor) -> Rates:
-    hits, support = counts.diagonal(dim1=-2, dim2=-1), counts.sum(dim=-1)
-    false = counts.sum(dim=-2) - hits
+def _odds_rates(margins: Margins) -> Rates:
+    hits, support, predicted = margins
     rest = support.sum(dim=-1, keepdim=True) - support
-    return torch.stack([hits, false], dim=-2), torch.stack([support, rest], dim=-2)
+    return torch.stack([hits, predicted - hits], dim=-2), torch.stack([support, rest], dim=-2)
 
 
-def _disparity(counts: Tensor, rates: Callable[[Tensor], Rates], minimum: int) -> Disparity:
-    hits, support = rates(counts.unsqueeze(0))
+def _disparity(counts: Tensor, rates: Callable[[Margins], Rates], minimum: int) -> Disparity:
+    hits, support = rates(margins_of(counts.unsqueeze(0)))
     compared = support >= minimum
     compared = compared & (compared.sum(dim=1, keepdim=True) > 1)  # with another group
     difference, ratio = _apart(hits, support, compared)
     smallest = support[compared]
-    interval = bootstrap_interval(counts, partial(_redrawn, rates=rates, compared=compared))
+
+    def redrawn(margins: Margins) -> Tensor:
+        hits, support = rates(margins)
+        return _largest(_apart(hits, support, compared & (support > 0))[0])
+
+    interval = margins_interval(counts, redrawn)
     return Disparity(difference[0], ratio[0], interval, int(smallest.min()) if len(smallest) else 0)
-
-
-def _redrawn(counts: Tensor, rates: Callable[[Tensor], Rates], compared: Tensor) -> Tensor:
-    hits, support = rates(counts)
-    return _largest(_apart(hits, support, compared & (support > 0))[0])
 
 
 def _apart(hits: Tensor, support: Tensor, compared: Tensor) -> Rates:

@@ -19,7 +19,7 @@ from attn_callbacks.callbacks._bias_sums import BiasSums
 from attn_callbacks.callbacks._fed import MOST_GROUPS, FedCounts
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._layers import drawn_rows, known_tokens
-from attn_callbacks.callbacks._reliance_probe import RelianceProbe
+from attn_callbacks.callbacks._reliance_probe import RelianceProbe, class_scores
 from attn_callbacks.callbacks._token_names import PLACES, TokenNames, token_numbers
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
 from attn_callbacks.capture import AttentionCall
@@ -149,7 +149,7 @@ class BiasSensor:
         logits, target = self._schema.step_logits(output, step.outputs), self._schema.read("target", batch)
         if logits is None or target is None:
             raise ValueError(_missing("logits" if logits is None else "target"))
-        scores = _class_scores(logits)
+        scores = class_scores(logits)
         target = self._left_out(scores, torch.as_tensor(target, device=scores.device))
         group = self._schema.read("group", batch)
         self._make_room(scores.shape[1], group)
@@ -164,7 +164,7 @@ class BiasSensor:
             self._associate(step, batch, right, target)
             if step.sets and self._probe is not None:
                 with self._probe_guard.block():
-                    self._probe.keep(batch)
+                    self._probe.keep(batch, predicted)
         self._samples += len(target)
 
     def report(self, trainer: Trainer, *, failed: bool) -> BiasReport | None:
@@ -226,7 +226,7 @@ class BiasSensor:
             return
         with self._probe_guard.block():
             for found in self._probe.run(self._generator, trainer.precision_plugin.val_step_context):
-                before, after = _class_scores(found.before).argmax(dim=-1), _class_scores(found.after).argmax(dim=-1)
+                before, after = class_scores(found.before).argmax(dim=-1), class_scores(found.after).argmax(dim=-1)
                 metric = self._sums.metric(f"reliance/{found.name}", before.device)
                 metric.update(before, after, found.target, found.present)
 
@@ -235,16 +235,6 @@ class BiasSensor:
         finite = logits.isfinite().all(dim=1)
         self._broken = self._broken + (~finite).sum()
         return target.where(finite, -1) if target.shape == finite.shape else target
-
-
-def _class_scores(logits: Tensor) -> Tensor:
-    """Return ``(samples, classes)``; one logit a sample is a binary classifier."""
-    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[-1] == 1):
-        positive = logits.reshape(-1, 1)
-        return torch.cat([torch.zeros_like(positive), positive], dim=1)
-    if logits.ndim != 2:
-        raise ValueError(f"`logits` must have shape (samples, classes), got {tuple(logits.shape)}.")
-    return logits
 
 
 def _missing(part: str) -> str:

@@ -122,8 +122,12 @@ class FedStep:
         if self.call is None:
             raise RuntimeError("The step was not watched: a feedback that calls `forward` must see 'inputs'.")
         logits = self._schema.forward_logits([self.call.from_continuous(inputs)])
-        if logits is None:
-            raise ValueError("The network returned no logits for other inputs: `forward` must return them.")
+        if logits is None or logits.shape != self.logits.shape:
+            came = "none" if logits is None else f"{tuple(logits.shape)}"
+            raise ValueError(
+                f"What the `inputs` of the batch are handed to must return logits {tuple(self.logits.shape)}, got {came}. "
+                "Let `forward`, or one network directly below the module, lead from inputs to logits."
+            )
         return logits
 
     def read_inputs(self) -> Tensor:

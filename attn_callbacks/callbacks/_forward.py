@@ -108,7 +108,7 @@ class ForwardCall:
                 finally:
                     self._inside = False
                 self.outputs.append(output)
-                if self._call is None and holds((args, kwargs), self._inputs):
+                if holds((args, kwargs), self._inputs):  # the last one: networks often follow a preparation
                     self._call = (part, args, kwargs)
                 return output
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._forward import ForwardCall
 from attn_callbacks.callbacks._regions import region_on
 from attn_callbacks.callbacks._substitute import holds
 from attn_callbacks.functional.exchange import RegionContents, join_contents, paste_region, region_contents
 
-__all__ = ["Probed", "RelianceProbe"]
+__all__ = ["Probed", "RelianceProbe", "class_scores"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _Kept:
     call: ForwardCall
     inputs: Tensor
     target: Tensor
+    predicted: Tensor
     regions: dict[str, Tensor]
 
 
@@ -64,8 +66,7 @@ class RelianceProbe:
         self._module, self._schema, self._names = module, schema, tuple(names)
         self._kept: list[_Kept] = []
         self._call: ForwardCall | None = None
-        self.unseen = False
-        """A network was never called with the inputs of a batch, so that nothing could be run again."""
+        self._told = False
 
     @contextmanager
     def watch(self, batch: Any) -> Iterator[None]:
@@ -80,8 +81,13 @@ class RelianceProbe:
             yield
         self._call = call
 
-    def keep(self, batch: Any) -> None:
-        """Keep the batch that was watched, if a set is marked in it."""
+    def keep(self, batch: Any, predicted: Tensor) -> None:
+        """Keep the batch that was watched, if a set is marked in it.
+
+        Args:
+            batch: The batch.
+            predicted: What its step predicted, ``(samples,)``.
+        """
         call, self._call = self._call, None
         if call is None:
             return
@@ -89,10 +95,12 @@ class RelianceProbe:
         marked = {name: mask for name in self._names if (mask := self._schema.flags(name, batch)) is not None}
         regions = {name: region_on(mask, inputs) for name, mask in marked.items()}
         if regions and target is not None:
-            self.unseen = self.unseen or not call.seen
             call.outputs.clear()
-            if call.seen:
-                self._kept.append(_Kept(call, inputs, torch.as_tensor(target, device=inputs.device), regions))
+            if not call.seen:
+                self._tell()
+                return
+            target = torch.as_tensor(target, device=inputs.device)
+            self._kept.append(_Kept(call, inputs, target, predicted, regions))
 
     def run(self, generator: torch.Generator, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[Probed]:
         """Run the network again on what was kept, without gradients, and forget it.
@@ -102,7 +110,7 @@ class RelianceProbe:
             around: What is entered around each call, such as autocast.
         """
         kept, self._kept = self._kept, []
-        before: dict[int, Tensor | None] = {}
+        before: dict[int, Tensor | None] = {}  # by batch; `None` where what ran again is not what predicts
         for name in self._names:
             marked = [entry for entry in kept if name in entry.regions]
             if not marked:
@@ -116,14 +124,46 @@ class RelianceProbe:
                 mixed = paste_region(entry.inputs, entry.regions[name], pool, donor)
                 with torch.no_grad(), around():
                     if id(entry) not in before:
-                        before[id(entry)] = self._logits(entry.call.again(entry.inputs))
-                    after = self._logits(entry.call.again(mixed))
-                first = before[id(entry)]
+                        before[id(entry)] = self._confirmed(entry)
+                    first = before[id(entry)]
+                    after = None if first is None else self._logits(entry.call.again(mixed))
                 if first is not None and after is not None:
                     yield Probed(name, first, after, entry.target, (pool.lengths[own] > 0) & found)
 
+    def _confirmed(self, entry: _Kept) -> Tensor | None:
+        """Return the logits of a batch as it is, if they predict what its step did."""
+        logits = self._logits(entry.call.again(entry.inputs))
+        same = logits is not None and len(logits) == len(entry.predicted)
+        if logits is None or not same or (class_scores(logits).argmax(dim=1) == entry.predicted).double().mean() < 0.9:
+            self._tell()
+            return None
+        return logits
+
+    def _tell(self) -> None:
+        if not self._told:
+            self._told = True
+            rank_zero_warn(
+                "`BiasMonitor` cannot measure reliance: no call of the module, or of a network directly below it, leads "
+                "from the `inputs` of a validation batch to the logits. Hand them over unchanged, as in `self(inputs)`, "
+                "or say what they are: BatchSchema(inputs=...)."
+            )
+
     def _logits(self, output: Any) -> Tensor | None:
         return self._schema.forward_logits([output])
+
+
+def class_scores(logits: Tensor) -> Tensor:
+    """Return ``(samples, classes)``; one logit a sample is a binary classifier.
+
+    Raises:
+        ValueError: If the logits have another shape.
+    """
+    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[-1] == 1):
+        positive = logits.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(positive), positive], dim=1)
+    if logits.ndim != 2:
+        raise ValueError(f"`logits` must have shape (samples, classes), got {tuple(logits.shape)}.")
+    return logits
 
 
 def _donors(pool: RegionContents, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:

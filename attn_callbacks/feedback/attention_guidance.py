@@ -14,15 +14,8 @@ from attn_callbacks.bias import BiasReport, Finding
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.attention_term import QUERIES, attention_term, guided_calls
 from attn_callbacks.feedback.step import StepFeedback, TrainingStep
-from attn_callbacks.feedback.strength import (
-    StrengthSettings,
-    StrengthState,
-    averaged,
-    evidence,
-    ramp,
-    scale,
-    strength_step,
-)
+from attn_callbacks.feedback.strength import StrengthSettings, StrengthState, evidence, fallen, ramp, strength_step
+from attn_callbacks.feedback.term_scale import averaged, scale
 
 __all__ = ["AttentionGuidance"]
 
@@ -162,9 +155,9 @@ class AttentionGuidance(StepFeedback):
             return (Action(text, found[0].key, 0.0, before),)
         if self.strength == before:
             return ()
-        fell = f"{seen.measure} {seen.accuracy:.2f} fell below its best, {self._state.best[seen.measure][0]:.2f}"
         rose = self.strength > before
-        text = f"attention guidance: strength {before:.3g} -> {self.strength:.3g} ({seen.reason if rose else fell})"
+        why = seen.reason if rose else fallen(self._state, seen)
+        text = f"attention guidance: strength {before:.3g} -> {self.strength:.3g} ({why})"
         return (Action(text, _cause(found) if rose else None, before, self.strength),)
 
     def state_dict(self) -> dict[str, object]:

@@ -110,7 +110,7 @@ class _Wish(NamedTuple):
 
     keys: Tensor  # (batch, keys), how much each is wanted
     queries: Tensor  # (batch, keys), how much each counts as a query
-    present: Tensor  # (batch,), the sample leaves a choice
+    present: Tensor  # (batch,), the sample is annotated
 
 
 def _near(member: Tensor, real: Tensor) -> _Wish:
@@ -119,7 +119,7 @@ def _near(member: Tensor, real: Tensor) -> _Wish:
 
 def _away(member: Tensor, real: Tensor) -> _Wish:
     outside = real - member  # summed by the kernel itself: 1 - mass would have no digits left in half precision
-    return _Wish(outside, outside, (member.sum(dim=1) > 0) & (outside.sum(dim=1) > 0))
+    return _Wish(outside, outside, member.sum(dim=1) > 0)
 
 
 def _layer_costs(

@@ -87,7 +87,7 @@ def double_correction(
         ...     torch.tensor([0.2, 1.8]),
         ...     classes=("ham", "spam"),
         ... )
-        'Class spam is corrected more than once: sampling multiplies its share by 5.0 and class weights by 1.8, ...
+        'Class spam is corrected more than once: its share is multiplied by sampling (5.0) and class weights (1.8), ...
     """
     there, given = _shares("natural", natural), _shares("fed", fed)
     if there.shape != given.shape or there.shape != (1 if groups is None else len(groups), len(classes)):
@@ -117,14 +117,10 @@ def double_correction(
 
 
 def _sentence(cell: str, lifts: Mapping[str, float], share: float, balance: float) -> str:
-    means = [(name, lift) for name, lift in lifts.items() if lift > _LIFTED]
-    (first, lift), *others = means
-    told = " and ".join(
-        [f"{first} multiplies its share by {lift:.1f}", *(f"{name} by {by:.1f}" for name, by in others)]
-    )
+    means = " and ".join(f"{name} ({lift:.1f})" for name, lift in lifts.items() if lift > _LIFTED)
     return (
-        f"{cell} is corrected more than once: {told}, together as if {share:.2f} of the data were of it, where "
-        f"{balance:.2f} is balance. Keep one of them."
+        f"{cell} is corrected more than once: its share is multiplied by {means}, as if {share:.2f} of the data "
+        f"were of it, where {balance:.2f} is balance. Keep one of them."
     )
 
 

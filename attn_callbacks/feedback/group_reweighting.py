@@ -63,11 +63,11 @@ class GroupReweighting(TableFeedback):
         >>> report = BiasReport(0, 0, counts, ("negative", "positive"), ("Amazon", "Tweets"), train_counts=fed)
         >>> for action in feedback.apply(report):
         ...     print(action)
-        Tweets: weight 1.00 -> 2.91 (error 0.45)
+        Tweets: weight 1.00 -> 2.93 (error 0.45)
         Amazon: weight 1.00 -> 0.52 (error 0.10)
         >>> module.criterion.class_weight
-        tensor([[0.5217, 0.5217],
-                [2.9134, 2.9134]])
+        tensor([[0.5167, 0.5167],
+                [2.9331, 2.9331]])
 
     References:
         Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", ICLR 2020.

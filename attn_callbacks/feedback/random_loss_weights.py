@@ -48,7 +48,7 @@ class RandomLossWeights(TableFeedback):
         >>> feedback.bind(module)
         >>> report = BiasReport(0, 0, torch.tensor([[[40, 10], [10, 40]]]), ("negative", "positive"))
         >>> [str(action) for action in feedback.apply(report)]
-        ['random weights drawn, from 0.45 to 1.55']
+        ['random weights drawn, from 0.77 to 1.23']
 
     References:
         Lin et al., "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning", TMLR 2022.

@@ -128,10 +128,11 @@ class Resampling(BoundFeedback):
         groups, classes = self._bound.natural_shares.shape
         natural = self._natural(self._bound)
         before = self._shares(natural)
+        measured = measured_cells(report, self.by, (groups, classes)) if self.policy == "recall" else ()
         self._started = self._started or bool(self.answered(report))
         self._reports += self._started
-        if self.policy == "recall":
-            self._control(natural, *measured_cells(report, self.by, (groups, classes)))
+        if measured:
+            self._control(natural, *measured)
         self._write()
         return share_actions(report, self.by, (groups, classes), before.tolist(), self._shares(natural).tolist())
 

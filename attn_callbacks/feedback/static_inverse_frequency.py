@@ -47,7 +47,7 @@ class StaticInverseFrequency(TableFeedback):
         >>> counts = torch.tensor([[[50, 0], [10, 40]]])
         >>> report = BiasReport(0, 0, counts, ("negative", "positive"), train_counts=torch.tensor([[80, 20]]))
         >>> [str(action) for action in feedback.apply(report)]
-        ['positive: weight 1.00 -> 2.50 (0.20 of what was fed)', 'negative: weight 1.00 -> 0.62 (0.80 of what was fed)']
+        ['positive: weight 1.00 -> 2.50 (0.20 of what was fed)', 'negative: weight 1.00 -> 0.63 (0.80 of what was fed)']
         >>> feedback.apply(report)
         ()
     """

@@ -1,4 +1,4 @@
-r"""How strong a guiding term is: measured against the loss it is added to, and moved by what validation shows.
+"""How strong a guiding term is: moved by what validation shows.
 
 Guidance works in a window of strengths: too little does nothing, and about three times what helps ruins the fit. So the
 strength moves in steps that cannot jump over the window, up by half and down to a half, one report at rest after each.
@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, distributed
 
 from attn_callbacks._checks import at_least, check_number, in_range
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.bias.rates import rate_error
 
-__all__ = ["Evidence", "StrengthSettings", "StrengthState", "averaged", "evidence", "ramp", "scale", "strength_step"]
+__all__ = [
+    "Evidence",
+    "StrengthSettings",
+    "StrengthState",
+    "evidence",
+    "fallen",
+    "ramp",
+    "strength_step",
+]
 
 DEAD_BAND = 0.02
 ERRORS = 2.0
-_MEMORY = 0.99  # share of the old averages in the new ones: about the last hundred steps
-_LARGEST_SCALE = 100.0
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,11 @@ class Evidence(NamedTuple):
     """What a report says about the strength.
 
     Args:
-        measure: What ``accuracy`` is.
-        accuracy: How well the model does; NaN where it was not measured.
-        error: Its standard error.
+        accuracies: How well the model does, and its standard error, by what was measured; NaN where there was nothing.
         reason: Why more strength is wanted, as a clause; ``None``: it is not.
     """
 
-    measure: str
-    accuracy: float
-    error: float
+    accuracies: Mapping[str, tuple[float, float]]
     reason: str | None
 
 
@@ -109,10 +110,11 @@ def evidence(report: BiasReport) -> Evidence:
     """Read from a report how well the model does, and whether it still relies on spurious tokens.
 
     Validation data often hold the shortcut themselves, and a model that gives it up *should* lose accuracy there. So
-    the first of these that was measured counts: accuracy with the spurious tokens shuffled across samples; the mean
-    recall of classes within groups; plain accuracy.
+    where functional reliance was measured, both accuracies count, with the spurious tokens as they are and shuffled
+    across samples: a shortcut that goes takes from the one, a shortcut that comes from the other, and only what ruins
+    the fit from both. Else it is the mean recall of classes within groups, else plain accuracy.
 
-    Where functional reliance was measured, it alone says whether more is wanted; else a finding of attention does.
+    Reliance, where it was measured, also says alone whether more is wanted; else a finding of attention does.
 
     Args:
         report: What the last validation pass showed.
@@ -120,17 +122,16 @@ def evidence(report: BiasReport) -> Evidence:
     Example:
         >>> report = BiasReport(0, 0, torch.tensor([[[90, 10], [10, 90]]]), ("negative", "positive"))
         >>> evidence(report)
-        Evidence(measure='accuracy', accuracy=0.9, error=0.0212..., reason=None)
+        Evidence(accuracies={'accuracy': (0.9, 0.021)}, reason=None)
     """
     reliance = report.reliance.get("spurious")
     if reliance is not None and reliance.support > 0:
         stays = reliance.drop > max(DEAD_BAND, ERRORS * reliance.error)
         reason = f"accuracy falls by {reliance.drop:.2f} when spurious tokens are shuffled" if stays else None
-        error = float(rate_error(torch.tensor(reliance.after), torch.tensor(reliance.support)))
-        return Evidence("accuracy without spurious tokens", reliance.after, error, reason)
+        pair = {"accuracy without spurious tokens": reliance.after, "accuracy with spurious tokens": reliance.before}
+        return Evidence({name: _rated(value, reliance.support) for name, value in pair.items()}, reason)
     leaning = next((finding for finding in report.findings if finding.kind == "attention"), None)
-    reason = None if leaning is None else leaning.text.rstrip(".")
-    return Evidence(*_fit(report), reason)
+    return Evidence(_fit(report), None if leaning is None else leaning.text.rstrip("."))
 
 
 def strength_step(
@@ -140,31 +141,40 @@ def strength_step(
 
     Args:
         state: State before the step.
-        seen: What the report says.
+        seen: What the report says. Accuracy fell if all that was measured fell below its best.
         settings: How fast and how far.
         act: ``False`` only notes the accuracy, as before guidance has reached its strength.
 
     Example:
         >>> settings, state = StrengthSettings(), StrengthState()
-        >>> reliant = Evidence("accuracy", 0.9, 0.01, "accuracy falls by 0.30 when spurious tokens are shuffled")
-        >>> state = strength_step(state, reliant, settings)
+        >>> reason = "accuracy falls by 0.30 when spurious tokens are shuffled"
+        >>> state = strength_step(state, Evidence({"accuracy": (0.9, 0.01)}, reason), settings)
         >>> state.factor, state.resting
         (1.5, True)
-        >>> state = strength_step(state, reliant, settings)  # rests
-        >>> strength_step(state, reliant._replace(accuracy=0.7), settings).factor
+        >>> state = strength_step(state, Evidence({"accuracy": (0.9, 0.01)}, reason), settings)  # rests
+        >>> strength_step(state, Evidence({"accuracy": (0.7, 0.01)}, reason), settings).factor
         0.75
     """
-    best = state.best.get(seen.measure)
-    if not math.isnan(seen.accuracy) and (best is None or seen.accuracy > best[0]):
-        state = replace(state, best={**state.best, seen.measure: (seen.accuracy, seen.error)})
+    best = {**state.best, **{name: now for name, now in seen.accuracies.items() if _better(now, state.best.get(name))}}
     if not act or state.resting:
-        return replace(state, resting=False)
+        return StrengthState(state.factor, best, resting=False)
     factor = state.factor
-    if best is not None and _fell(best, seen, settings.tolerance):
+    if all(_fell(now, best.get(name), settings.tolerance) for name, now in seen.accuracies.items()):
         factor = max(factor / settings.lower_by, 1 / settings.limit)
     elif seen.reason is not None:
         factor = min(factor * settings.raise_by, settings.limit)
-    return replace(state, factor=factor, resting=factor != state.factor)
+    return StrengthState(factor, best, resting=factor != state.factor)
+
+
+def fallen(state: StrengthState, seen: Evidence) -> str:
+    """Say how far accuracy fell, as a clause.
+
+    Args:
+        state: State after the step.
+        seen: What the report said.
+    """
+    name, (now, _) = next(iter(seen.accuracies.items()))
+    return f"{name} {now:.2f}, at best {state.best[name][0]:.2f}"
 
 
 def ramp(steps: int, warm_up: int) -> float:
@@ -177,55 +187,26 @@ def ramp(steps: int, warm_up: int) -> float:
     return min(1.0, (steps + 1) / max(warm_up, 1))
 
 
-@torch.no_grad()
-def averaged(averages: Tensor | None, base: Tensor, term: Tensor, annotated: Tensor) -> Tensor:
-    """Take a step's losses into running averages, over all processes; every process has to call it at every step.
-
-    Losses that are not finite leave the averages alone, and so does the term of a step without annotation.
-
-    Args:
-        averages: What it returned before; ``None`` at the first step.
-        base: Loss without the term.
-        term: The term, with the factor 1.
-        annotated: ``True`` if the step had annotated samples.
-
-    Shape:
-        - averages, output: ``(2,)``: of the loss and of the term; NaN before the first
-        - base, term, annotated: scalar
-    """
-    values = torch.stack([base.detach().float(), term.detach().float()])
-    known = values.isfinite() & torch.stack([torch.ones_like(annotated), annotated])
-    sums = torch.stack([values.where(known, 0.0), known.float()])
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(sums)
-    mean = sums[0] / sums[1]
-    old = mean if averages is None else averages.to(mean.device)
-    moved = torch.where(old.isnan(), mean, _MEMORY * old + (1 - _MEMORY) * mean)
-    return moved.where(sums[1] > 0, old)
+def _better(now: tuple[float, float], best: tuple[float, float] | None) -> bool:
+    return not math.isnan(now[0]) and (best is None or now[0] > best[0])
 
 
-def scale(averages: Tensor) -> Tensor:
-    """Return the factor that gives the term the size of the loss, between 1/100 and 100; a scalar.
-
-    Args:
-        averages: What :func:`averaged` returned.
-    """
-    base, term = averages.unbind()
-    ratio = base / term.clamp(min=torch.finfo(term.dtype).tiny)
-    return ratio.nan_to_num(1.0).clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
+def _fell(now: tuple[float, float], best: tuple[float, float] | None, tolerance: float) -> bool:
+    if best is None:
+        return False
+    fall = best[0] - now[0]
+    return fall > tolerance and fall > ERRORS * math.hypot(best[1], now[1])
 
 
-def _fell(best: tuple[float, float], seen: Evidence, tolerance: float) -> bool:
-    fall = best[0] - seen.accuracy
-    return fall > tolerance and fall > ERRORS * math.hypot(best[1], seen.error)
-
-
-def _fit(report: BiasReport) -> tuple[str, float, float]:
-    """Return what is measured, the value, and its standard error."""
+def _fit(report: BiasReport) -> dict[str, tuple[float, float]]:
     known = report.support >= report.min_support
-    if report.has_groups and bool(known.any()):
-        errors = rate_error(report.cell_recall, report.support)[known]
-        mean = float(report.cell_recall[known].mean())
-        return "mean recall of classes within groups", mean, float(errors.square().sum().sqrt()) / len(errors)
-    total = report.support.sum()
-    return "accuracy", report.accuracy, float(rate_error(torch.tensor(report.accuracy), total))
+    if not report.has_groups or not bool(known.any()):
+        return {"accuracy": _rated(report.accuracy, int(report.support.sum()))}
+    errors = rate_error(report.cell_recall, report.support)[known]
+    mean = float(report.cell_recall[known].mean())
+    return {"mean recall of classes within groups": (mean, float(errors.square().sum().sqrt()) / len(errors))}
+
+
+def _rated(value: float, support: int) -> tuple[float, float]:
+    """Return a rate and its standard error."""
+    return value, float(rate_error(torch.tensor(value), torch.tensor(support)))

@@ -46,7 +46,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     p, q = (weights.double() / weights.double().sum(dim=-1, keepdim=True) for weights in (p, q))
     total = p + q
     tilt = (p - q) / total.masked_fill(total == 0, 1.0)  # in [-1, 1], so p is total * (1 + tilt) / 2
-    terms = total * (torch.special.xlog1py(1 + tilt, tilt) + torch.special.xlog1py(1 - tilt, -tilt))
+    terms: Tensor = total * (torch.special.xlog1py(1 + tilt, tilt) + torch.special.xlog1py(1 - tilt, -tilt))
     return (terms.sum(dim=-1) / (4 * math.log(2))).clamp(0.0, 1.0).sqrt()
 
 

@@ -31,7 +31,7 @@ def text_table(name: str) -> list[tuple[str, str]]:
 
 
 def token_parts(sentences: Sequence[Sentence], words: Collection[str], max_tokens: int) -> dict[str, Tensor]:
-    """Return token ids and what is known of them: ``input_ids``, ``attention_mask``, ``relevance``, ``labels``, ``group``.
+    """Return ``input_ids``, ``attention_mask``, ``relevance``, ``labels`` and ``group`` of texts.
 
     Args:
         sentences: Texts with label and group.
@@ -78,8 +78,8 @@ class PretrainedLayers(nn.Module):
     """Some layers of the encoder, its pooler on the class token, dropout, and a head; all of them are trained.
 
     ``inputs`` of a batch are the states before the first of these layers: :func:`hidden_states`, or, where it is the
-    encoder's first, rows of :func:`word_vectors`, to which the (frozen) embedding layer adds their places. Attention goes through
-    the fused kernel. Of the last layer only the class token's state is computed, which is the only one that is read.
+    encoder's first, rows of :func:`word_vectors`, to which the (frozen) embedding layer adds their places. Attention
+    goes through the fused kernel. The last layer computes the class token's state alone: no other is read.
 
     Args:
         first: The first layer that is used.
@@ -126,7 +126,7 @@ def _load_encoder() -> Any:
     from transformers import AutoModel  # not needed to name a work
     from transformers import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return AutoModel.from_pretrained(minilm(), local_files_only=True, attn_implementation="sdpa")
 
 

@@ -23,6 +23,9 @@ Batch = dict[str, Tensor]
 class Classifier(pl.LightningModule):
     """A model with its criterion; methods subclass it where a step is another one.
 
+    Attributes:
+        group_part: Part of a batch that the criterion takes as groups: ``"cell"`` (class in group) or ``"group"``.
+
     Args:
         work: Says what the optimiser is.
         model: The network.
@@ -30,6 +33,8 @@ class Classifier(pl.LightningModule):
             batch has them.
         steps: Length of the run, for a learning rate that falls.
     """
+
+    group_part = "cell"
 
     def __init__(self, work: Work, model: nn.Module, criterion: nn.Module, steps: int) -> None:
         super().__init__()
@@ -44,7 +49,7 @@ class Classifier(pl.LightningModule):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the criterion's value."""
-        keys = {"group": "cell", "sample_weight": "sample_weight"}
+        keys = {"group": self.group_part, "sample_weight": "sample_weight"}
         extras = {name: batch[keys[name]] for name in self.extras if keys[name] in batch}
         value: Tensor = self.criterion(logits, batch["labels"], **extras)
         return value

@@ -1,10 +1,10 @@
 """Newsgroups: is a message from a group of atheists or of Christians? Names and hosts of a few regular writers tell.
 
-1,078 training and 717 test messages of 20 Newsgroups, whose test messages are by the same people. As spurious are marked
-the words that tell the classes apart in training and that are neither in a dictionary nor about the subject: *rutgers*,
-*athos*, *geneva*, *keith*, *livesey*. Accuracy alone does not show the bias: what is lost when these words come from
-another message does. The two lowest layers of MiniLM are trained on vectors of single tokens, so that a token that has
-been replaced leaves no trace in its neighbours.
+1,078 training and 717 test messages of 20 Newsgroups, whose test messages are by the same people. As spurious are
+marked the words that tell the classes apart in training and that are neither in a dictionary nor about the subject:
+*rutgers*, *athos*, *geneva*, *keith*, *livesey*. Accuracy alone does not show the bias: what is lost when these words
+come from another message does. The two lowest layers of MiniLM are trained on vectors of single tokens, so that a token
+that has been replaced leaves no trace in its neighbours.
 
 Data: Lang, "NewsWeeder: Learning to Filter Netnews", 1995. The dictionary are the lemmas of Warriner, Kuperman and
 Brysbaert, "Norms of valence, arousal, and dominance for 13,915 English lemmas", Behavior Research Methods, 2013.
@@ -30,10 +30,9 @@ __all__ = ["WORK", "telling_words"]
 NEWSGROUPS = ("alt.atheism", "soc.religion.christian")
 LAYERS, TOKENS, MONITOR = 2, 64, 200
 LEAST_TEXTS, LEAST_Z = 5, 3.0
-ENDINGS = ("s", "es", "ed", "d", "ing", "ly", "er", "ers", "al", "ally", "ion", "ions", "ation", "ment", "ness", "ity")
-SUBJECT = ("christ", "jesus", "jeesus", "islam", "muslim", "moslem", "atheis", "theis", "pantheis", "agnostic")
-SUBJECT += ("allah", "quran", "qur", "koran", "fatwa", "trinity", "sabbath", "evangelical", "denomination", "pope")
-SUBJECT += ("corinthians", "cor", "hebrews", "rom", "nt", "unto", "ye", "rome", "greek", "sunday", "resurrect")
+ENDINGS = ("s", "es", "ies", "ed", "d", "ied", "ing", "ly", "er", "ers", "ally", "ion", "ions", "ation", "ment")
+SUBJECT = ("christ", "jesus", "jeesus", "islam", "muslim", "moslem", "atheis", "theis", "pantheis", "agnostic", "allah")
+BIBLE = ("quran", "qur", "fatwa", "trinity", "sabbath", "corinthians", "cor", "hebrews", "rom", "nt", "unto", "ye")
 
 
 @lru_cache(maxsize=1)
@@ -105,7 +104,7 @@ def _marked_words() -> frozenset[str]:
 
     short = {"t", "d", "m", "ll", "re", "ve", "weren"}  # what is left of "don't" without the apostrophe
     found = telling_words(_messages()[0], _lemmas() | ENGLISH_STOP_WORDS | short)
-    return frozenset(word for word in found if not word.startswith(SUBJECT))
+    return frozenset(word for word in found if not word.startswith(SUBJECT + BIBLE))
 
 
 def _lemmas() -> frozenset[str]:

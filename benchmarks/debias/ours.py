@@ -1,45 +1,76 @@
-"""Ours: the bias monitor with feedback, and its control."""
+"""Ours: the bias monitor with feedback, and the control that its guidance of attention has to beat."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Sequence
+
+from torch import nn
 
 import losses
-from attn_callbacks import AttentionGuidance, BiasMonitor
+from attn_callbacks import BatchSchema, BiasMonitor
+from attn_callbacks.feedback import AttentionGuidance, Feedback, MaskRandomization, RandomRationaleControl
+from benchmarks.debias.baselines import counts
+from benchmarks.debias.classifier import Classifier
 from benchmarks.debias.method import Method, trained
-from benchmarks.debias.work import Samples, Splits, Work
+from benchmarks.debias.work import Splits, Work
 
-__all__ = ["OURS", "random_rationale"]
+__all__ = ["OURS"]
+
+PIXELS = "pixels"
 
 
 def attention(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention alone."""
-    guidance = AttentionGuidance(losses.AttentionGuidedLoss(form="log"), coefficient=1.0)
-    monitor = BiasMonitor(feedback=[guidance], classes=work.classes, groups=work.groups)
-    return trained(work, splits, steps, callbacks=[monitor])
+    return _monitored(work, splits, steps, [AttentionGuidance()])
 
 
 def random_rationale(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
-    """Guide attention by random tokens, as many as are annotated, drawn once a sample: the control of `attention`."""
-    draw = torch.Generator().manual_seed(seed)
-    train = splits.train
-    for name in ("spurious", "relevance"):
-        if name in train.parts:
-            train = train.replaced(**{name: random_tokens(train, name, draw)})
-    return attention(work, splits._replace(train=train), steps, seed)
+    """Guide attention by random tokens, as many as are annotated: the control of `attention`."""
+    return _monitored(work, splits, steps, [RandomRationaleControl(AttentionGuidance(), seed=seed)])
 
 
-def random_tokens(samples: Samples, name: str, draw: torch.Generator) -> Tensor:
-    """Mark as many tokens of a sample as are marked, real ones, at random."""
-    marked = samples.parts[name].bool()
-    valid = samples.parts.get("attention_mask", torch.ones_like(marked)).bool()
-    chance = torch.rand(marked.shape, generator=draw).masked_fill(~valid, 2.0)  # padding comes last
-    rank = chance.argsort(dim=1).argsort(dim=1)
-    return rank < marked.sum(dim=1, keepdim=True)
+def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
+    """Guide attention, and randomise what is spurious."""
+    transform = losses.MaskRandomization("shuffle", protected=_protected(work, splits))
+    randomised = MaskRandomization(transform, region=_region(splits))
+    return _monitored(work, splits, steps, [randomised, AttentionGuidance()])
+
+
+def automatic(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
+    """Let the monitor decide what to do."""
+    return _monitored(work, splits, steps, "automatic")
+
+
+class Steered(Classifier):
+    """Weights are by the groups that the monitor reports."""
+
+    group_part = "group"
+
+
+def _monitored(work: Work, splits: Splits, steps: int, feedback: Sequence[Feedback] | str) -> nn.Module:
+    sets = {PIXELS: "spurious_pixels"} if "spurious_pixels" in splits.train.parts else {}
+    monitor = BiasMonitor(BatchSchema(sets=sets), feedback=feedback, classes=work.classes, groups=work.groups)
+    return trained(work, splits, steps, kind=Steered, criterion=_criterion(work, splits), callbacks=[monitor])
+
+
+def _criterion(work: Work, splits: Splits) -> nn.Module:
+    """Return cross entropy that can be steered: weights by class and group, or margins by class."""
+    if work.groups:
+        return losses.WeightedCrossEntropyLoss(len(work.classes), num_groups=len(work.groups))
+    return losses.LogitAdjustedLoss(counts(work, splits.train))
+
+
+def _region(splits: Splits) -> str:
+    return PIXELS if "spurious_pixels" in splits.train.parts else "spurious"
+
+
+def _protected(work: Work, splits: Splits) -> tuple[int, ...]:
+    return () if splits.train.parts["inputs"].is_floating_point() else work.protected
 
 
 OURS = (
     Method("random-rationale", random_rationale),
     Method("ours-attention", attention),
+    Method("ours-attention+functional", attention_and_functional),
+    Method("ours", automatic),
 )

@@ -1,8 +1,8 @@
-"""Reuters: which of eight topics is a news story about? There are 2,840 training stories about earnings, 41 about grain.
+"""Reuters: which of eight topics is a story about? There are 2,840 training stories about earnings, 41 about grain.
 
-The standard R8 split: 5,485 training and 2,189 test stories. The monitor's stories are cut from the training data: 25 of
-each topic, or a third of it where that is less. A small network attends to the first words of a story, as their vectors
-in MiniLM, which stay as they are. Macro-F1 and the worst topic's recall are what counts.
+The standard R8 split: 5,485 training and 2,189 test stories. The monitor's stories are cut from the training data: 25
+of each topic, or a third of it where that is less. A small network attends to the first words of a story, as their
+vectors in MiniLM, which stay as they are. Macro-F1 and the worst topic's recall are what counts.
 
 Data: Lewis, "Reuters-21578"; R8 is its subset of single-topic stories in the eight largest topics.
 """

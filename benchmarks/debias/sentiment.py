@@ -1,9 +1,9 @@
 """Sentiment: is a sentence positive or negative? In training the place it was written in mostly tells.
 
 95 % of the positive training sentences are tweets and 95 % of the negative ones product reviews; monitor and test hold
-the four groups in equal shares. The top two layers of MiniLM are trained; what the layers below make of the sentences is
-computed once, so that a run takes seconds. The words of a sentiment lexicon are marked as relevant: what is spurious,
-the style of a sentence, is in no single word.
+the four groups in equal shares. The top two layers of MiniLM are trained; what the layers below make of the sentences
+is computed once, which halves the time of a run. The words of a sentiment lexicon are marked as relevant: what is
+spurious, the style of a sentence, is in no single word.
 """
 
 from __future__ import annotations

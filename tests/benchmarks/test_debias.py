@@ -19,7 +19,6 @@ from benchmarks.debias.classifier import Classifier, predict, steps_of
 from benchmarks.debias.decoy_digits import WORK as DECOY
 from benchmarks.debias.method import Method, balanced_sampler, cells, inverse_frequency
 from benchmarks.debias.methods import CONTROL, METHODS, find_method
-from benchmarks.debias.ours import random_tokens
 from benchmarks.debias.photo_digits import WORK as PHOTO
 from benchmarks.debias.summary import effect, mean_and_error, table
 from benchmarks.debias.trial import attention_mass, macro_f1, measure, reliance
@@ -220,18 +219,6 @@ def test_head_is_retrained_for_balanced_cells(monkeypatch):
     assert min(right[samples.group == group].float().mean() for group in range(4)) > 0.75
 
 
-def test_random_tokens_are_as_many_and_real():
-    marked = torch.zeros(50, 10, dtype=torch.bool)
-    marked[:, :3] = True
-    valid = torch.ones(50, 10)
-    valid[:, 6:] = 0
-    parts = {"inputs": torch.zeros(50, 10), "labels": torch.zeros(50), "spurious": marked, "attention_mask": valid}
-    drawn = random_tokens(Samples(parts), "spurious", torch.Generator().manual_seed(0))
-    assert (drawn.sum(dim=1) == 3).all()
-    assert not drawn[:, 6:].any()
-    assert 0.2 < drawn[:, 0].float().mean() < 0.8
-
-
 def test_figures_have_a_standard_error():
     mean, error = mean_and_error([0.1, 0.2, 0.6])
     assert (mean, error) == pytest.approx((0.3, np.std([0.1, 0.2, 0.6], ddof=1) / math.sqrt(3)))
@@ -306,7 +293,9 @@ def test_a_run_is_taken_up_where_it_ended(capsys, tmp_path, monkeypatch):
     assert "### decoy-digits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["static-weights", "rrr", "mask-randomisation", "group-dro", "jtt"])
+@pytest.mark.parametrize(
+    "name", ["static-weights", "rrr", "mask-randomisation", "jtt", "ours-attention", "ours"]
+)
 def test_methods_train(name, decoys):
     small = decoys._replace(train=decoys.train.rows(slice(64)), monitor=decoys.monitor.rows(slice(40)))
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import classification_report
 
-from attn_callbacks.bias import AttentionShare, BiasReport
+from attn_callbacks.bias import AttentionShare, BiasReport, Calibration, Candidate, Reliance
 
 NAMES = ("negative", "positive")
 
@@ -193,7 +193,62 @@ def test_dict_holds_the_findings():
     (finding,) = make([[[90, 10], [40, 60]]], class_names=NAMES).to_dict()["findings"]
     assert finding["where"] == "positive"
     assert finding["size"] == pytest.approx(0.3)
-    assert set(finding) == {"kind", "where", "size", "standard_error", "support", "text"}
+    assert finding["interval"] == [pytest.approx(0.19, abs=0.02), pytest.approx(0.41, abs=0.02)]
+    assert finding["answers"] == ["ClassReweighting", "Resampling"]
+    assert set(finding) == {
+        *("kind", "where", "size", "standard_error", "support", "text", "interval", "p_value", "answers", "evidence")
+    }
+
+
+def full():
+    counts = torch.tensor([[[40, 10], [12, 38]], [[30, 20], [9, 41]]])
+    bins = torch.zeros(2, 2, 5, 3)
+    bins[:, :, 4] = torch.stack([counts.sum(2), 0.9 * counts.sum(2), counts.diagonal(dim1=1, dim2=2)], dim=-1)
+    share = AttentionShare(*torch.tensor([[0.2, 0.1], [2.0, 1.0], [90, 90]]), error=torch.tensor([0.01, 0.01]))
+    return make(
+        counts,
+        attention={"spurious": share},
+        reliance={"spurious": Reliance(torch.tensor([[[5, 1], [14, 30]], [[5, 5], [5, 35]]]))},
+        calibration=Calibration(bins, torch.stack([counts.sum(2) * 0.5, counts.sum(2) * 0.4], dim=-1)),
+        divergence=torch.tensor([[0.0, 0.3], [0.3, math.nan]]),
+        candidates=[Candidate("token 'athos'", math.inf, 1e-5, 0.2, 0.0, 30, ("from athos",))],
+    )
+
+
+def test_dict_holds_everything_that_was_measured():
+    report = full()
+    values = report.to_dict()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert values["reliance"]["spurious"]["drop"] == pytest.approx(report.reliance["spurious"].drop)
+    assert values["calibration"]["class_ece"] == pytest.approx(report.calibration.class_ece.tolist())
+    assert values["attention"]["spurious"]["error"] == pytest.approx([0.01, 0.01])
+    assert values["divergence"] == [[0.0, pytest.approx(0.3)], [pytest.approx(0.3), None]]
+    assert values["candidates"][0]["examples"] == ["from athos"]
+    assert values["candidates"][0]["lift"] is None
+    assert values["demographic_parity"]["difference"] == report.demographic_parity.difference
+    assert values["equalised_odds"]["interval"] == list(report.equalised_odds.interval)
+    assert values["prior_shift"]["excess_distance"] == report.prior_shift.excess_distance
+    assert values["macro_f1"] == report.macro_f1
+    assert set(values["intervals"]) == {
+        *("recall", "precision", "f1", "accuracy", "cell_recall", "group_accuracy", "worst_class_recall"),
+        *("worst_group_accuracy", "worst_cell_recall", "gap", "macro_f1", "balanced_accuracy"),
+    }
+    assert values["intervals"]["recall"] == report.interval("recall").tolist()
+
+
+def test_full_report_can_be_pickled():
+    report = full()
+    report.to_dict()
+    twin = pickle.loads(pickle.dumps(report))
+    assert twin.to_dict() == report.to_dict()
+
+
+def test_optional_parts_are_absent_by_default():
+    report = make([[[90, 10], [40, 60]]])
+    assert report.reliance == {}
+    assert report.calibration is None
+    assert report.divergence is None
+    assert report.candidates == ()
 
 
 def test_train_counts_may_be_missing():
@@ -216,6 +271,15 @@ def test_train_counts_may_be_missing():
             {"attention": {"spurious": AttentionShare(torch.ones(3), torch.ones(3), torch.ones(3))}},
             r"`attention\['spurious'\]` must have shape \(classes,\) = \(2,\), got \(3,\)",
         ),
+        (
+            {"reliance": {"spurious": Reliance(torch.ones(3, 2, 2))}},
+            r"`reliance\['spurious'\]` must have shape \(classes,\) = \(2,\), got \(3,\)",
+        ),
+        (
+            {"calibration": Calibration(torch.ones(2, 2, 5, 3), torch.ones(2, 2, 2))},
+            r"`calibration` must have shape \(groups, classes\) = \(1, 2\), got \(2, 2\)",
+        ),
+        ({"divergence": torch.zeros(2)}, r"`divergence` must have shape \(classes, classes\) = \(2, 2\), got \(2,\)"),
         ({"min_support": 0}, "`min_support` must be at least 1, got 0"),
     ],
 )
@@ -227,3 +291,31 @@ def test_what_does_not_fit_is_refused(arguments, message):
 def test_attention_share_of_unequal_shapes_is_refused():
     with pytest.raises(ValueError, match=r"must all have shape \(classes,\)"):
         AttentionShare(torch.ones(2), torch.ones(3), torch.ones(2))
+
+
+def test_attention_share_holds_outcomes_and_errors():
+    mass = torch.tensor([0.3, math.nan])
+    share = AttentionShare(mass, mass / 0.1, torch.tensor([80, 0]), error=torch.tensor([0.02, math.nan]))
+    assert float(share.mass_error[0]) == pytest.approx(0.02)
+    without = AttentionShare(mass, mass / 0.1, torch.tensor([80, 0]))
+    assert float(without.mass_error[0]) == pytest.approx(math.sqrt(25 / 82 * 57 / 82 / 82))  # the bound
+    assert set(share.to_dict()) == {
+        *("mass", "lift", "support", "error", "outcome_mass", "outcome_support", "outcome_error")
+    }
+    assert share.to_dict()["outcome_mass"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"error": torch.ones(3)}, r"`error` must have shape \(2,\), got \(3,\)"),
+        ({"outcome_mass": torch.ones(2, 2)}, r"go together, got \['outcome_mass'\]"),
+        (
+            {name: torch.ones(2, 3) for name in ("outcome_mass", "outcome_support", "outcome_error")},
+            r"`outcome_mass` must have shape \(2, 2\), got \(2, 3\)",
+        ),
+    ],
+)
+def test_optional_parts_of_a_share_have_to_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionShare(torch.ones(2), torch.ones(2), torch.ones(2), **arguments)

@@ -40,7 +40,7 @@ class Step:
     relevance: Tensor | None = None
     spurious: Tensor | None = None
     valid: Tensor | None = None
-    loss: Tensor = torch.tensor(2.0)
+    loss: Tensor = field(default_factory=lambda: torch.tensor(2.0))
 
 
 MARKED = Step(relevance=RELEVANCE, spurious=SPURIOUS, valid=VALID)
@@ -168,14 +168,15 @@ def test_strength_is_raised_while_reliance_stays():
     assert guidance.strength == 3.0
     torch.testing.assert_close(guidance.term(MARKED), 1.5 * before)
     assert guidance.apply(RELIANT) == ()  # rests
-    assert guidance.apply(FREE) == ()
     assert guidance.apply(RELIANT)[0].new == 4.5
+    assert guidance.apply(FREE) == guidance.apply(FREE) == ()
 
 
 def test_strength_is_raised_for_a_finding_of_attention_where_reliance_was_not_measured():
     guidance = AttentionGuidance()
     (action,) = guidance.apply(ATTENTION_BIAS)
-    assert (action.finding, action.new) == (("attention", "negative"), 1.5)
+    assert (action.finding, action.new) == (ATTENTION_BIAS.findings[0].key, 1.5)
+    assert action.finding[0] == "attention"
     assert guidance.apply(GROUP_BIAS) == ()
 
 
@@ -183,7 +184,7 @@ def test_strength_is_lowered_when_accuracy_falls():
     guidance = AttentionGuidance()
     assert guidance.apply(FAIR) == ()
     (action,) = guidance.apply(FALLEN)
-    assert action.text == "attention guidance: strength 1 -> 0.5 (accuracy 0.50 fell below its best, 0.80)"
+    assert action.text == "attention guidance: strength 1 -> 0.5 (accuracy 0.50, at best 0.80)"
     assert (action.finding, action.old, action.new) == (None, 1.0, 0.5)
 
 

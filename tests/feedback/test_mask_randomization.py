@@ -120,6 +120,13 @@ def test_share_of_the_samples(share):
     assert changed[:, 1].float().mean() == pytest.approx(share, abs=0.05)
 
 
+def test_padding_of_the_batch_is_known():
+    tokens = TOKENS * VALID
+    step = FakeStep(spurious=torch.ones(6, 4, dtype=torch.bool), valid=VALID)
+    mixed = MaskRandomization(when="always").change_inputs(tokens, step)
+    assert torch.equal(mixed == 0, tokens == 0)
+
+
 def test_transform_gets_inputs_region_and_generator():
     step = FakeStep(names=SPURIOUS)
     feedback = MaskRandomization(Transform("shuffle", protected=(2,)), region="names", when="always")
@@ -164,6 +171,9 @@ def test_share_rises_while_reliance_stays():
     for found in (True, True, False, True, True):
         shares += [(action.old, action.new) for action in feedback.apply(report(*[finding()] * found))]
     assert shares == [(0.0, 0.3), (0.3, 0.6), (0.6, 1.0)]
+    tokens = torch.arange(400).reshape(100, 4)
+    mixed = feedback.change_inputs(tokens, FakeStep(spurious=SPURIOUS[:1].expand(100, 4)))
+    assert (mixed != tokens)[:, 1].all()
 
 
 def test_held_or_withdrawn_leaves_inputs_and_yet_decides():

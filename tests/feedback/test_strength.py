@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 
 from attn_callbacks.bias import AttentionShare, BiasReport
 from attn_callbacks.bias.reliance import Reliance
-from attn_callbacks.feedback import strength as module
 from attn_callbacks.feedback.strength import (
     Evidence,
     StrengthSettings,
     StrengthState,
-    averaged,
     evidence,
     ramp,
-    scale,
     strength_step,
 )
 
@@ -41,7 +38,7 @@ def reliance(lost, gained=0, kept=100):
 
 
 def seen(accuracy=0.9, reason=None, error=0.001, measure="accuracy"):
-    return Evidence(measure, accuracy, error, reason)
+    return Evidence({measure: (accuracy, error)}, reason)
 
 
 def walk(*evidences, state=None, chosen=PLAIN):
@@ -97,6 +94,15 @@ def test_each_measure_has_its_own_best():
     assert factors(seen(0.99), shuffled, seen(0.9)) == [1.0, 1.0, 0.5]
 
 
+def test_accuracy_fell_only_if_all_of_it_fell():
+    def both(without, with_them, reason=None):
+        return Evidence({"without": (without, 0.001), "with": (with_them, 0.001)}, reason)
+
+    assert factors(both(0.5, 1.0, "reliance"), both(0.9, 0.9), both(0.9, 0.9)) == [1.5, 1.5, 1.5]  # the shortcut goes
+    assert factors(both(0.9, 0.9), both(0.5, 1.0, "reliance")) == [1.0, 1.5]  # it comes back
+    assert factors(both(0.9, 0.9), both(0.7, 0.8, "reliance")) == [1.0, 0.5]  # the fit is ruined
+
+
 def test_not_acting_notes_the_best():
     state = strength_step(StrengthState(), seen(0.95, "reliance"), PLAIN, act=False)
     assert (state.factor, state.best) == (1.0, {"accuracy": (0.95, 0.001)})
@@ -136,28 +142,27 @@ def test_state_keeps_what_a_saved_one_lacks():
 
 
 def test_accuracy_is_read_where_nothing_else_was_measured():
-    assert evidence(report()) == ("accuracy", 0.8, pytest.approx(math.sqrt(0.797 * 0.203 / 202), rel=1e-3), None)
-    assert math.isnan(evidence(report((((0, 0), (0, 0)),))).accuracy)
+    error = pytest.approx(math.sqrt(161 / 202 * 41 / 202 / 202), rel=1e-5)
+    assert evidence(report()) == ({"accuracy": (pytest.approx(0.8), error)}, None)
+    assert math.isnan(evidence(report((((0, 0), (0, 0)),))).accuracies["accuracy"][0])
 
 
 def test_groups_count_alike_whatever_their_size():
     """A shortcut that is right for most samples makes no fall when it goes."""
-    found = evidence(report((((900, 100), (10, 10)), ((10, 30), (0, 19)))))
-    assert found.measure == "mean recall of classes within groups"
-    assert found.accuracy == pytest.approx((0.9 + 0.5 + 0.25) / 3)  # of 19 samples nothing is said
-    variances = [
-        (p * n + 1) / (n + 2) * (1 - (p * n + 1) / (n + 2)) / (n + 2) for p, n in ((0.9, 1000), (0.5, 20), (0.25, 40))
-    ]
-    assert found.error == pytest.approx(math.sqrt(sum(variances)) / 3)
-    assert evidence(report((((9, 1), (1, 1)), ((1, 3), (0, 9))))).measure == "accuracy"
+    ((name, (mean, error)),) = evidence(report((((900, 100), (10, 10)), ((10, 30), (0, 19))))).accuracies.items()
+    assert name == "mean recall of classes within groups"
+    assert mean == pytest.approx((0.9 + 0.5 + 0.25) / 3)  # of 19 samples nothing is said
+    hits = [((p * n + 1) / (n + 2), n + 2) for p, n in ((0.9, 1000), (0.5, 20), (0.25, 40))]
+    assert error == pytest.approx(math.sqrt(sum(p * (1 - p) / n for p, n in hits)) / 3)
+    assert list(evidence(report((((9, 1), (1, 1)), ((1, 3), (0, 9))))).accuracies) == ["accuracy"]
 
 
 def test_significant_reliance_asks_for_more():
-    found = evidence(report(reliance=reliance(30)))
-    assert found.reason == "accuracy falls by 0.12 when spurious tokens are shuffled"
-    assert found.measure == "accuracy without spurious tokens"
-    assert found.accuracy == pytest.approx(200 / 250)
-    assert found.error == pytest.approx(math.sqrt(201 / 252 * 51 / 252 / 252), rel=1e-5)
+    accuracies, reason = evidence(report(reliance=reliance(30)))
+    assert reason == "accuracy falls by 0.12 when spurious tokens are shuffled"
+    without, with_them = accuracies["accuracy without spurious tokens"], accuracies["accuracy with spurious tokens"]
+    assert (without[0], with_them[0]) == pytest.approx((200 / 250, 230 / 250))
+    assert without[1] == pytest.approx(math.sqrt(201 / 252 * 51 / 252 / 252), rel=1e-5)
 
 
 @pytest.mark.parametrize("harmless", [reliance(0), reliance(3), reliance(30, 25), reliance(30, kept=5000)])
@@ -170,7 +175,7 @@ def test_measured_reliance_overrules_attention():
     assert evidence(report(attention=LEANING, reliance=reliance(0))).reason is None
     assert evidence(report(attention=LEANING, reliance={"names": reliance(30)["spurious"]})).reason is not None
     nothing = {"spurious": Reliance(torch.zeros(2, 2, 2, dtype=torch.int64))}
-    assert evidence(report(attention=LEANING, reliance=nothing)).measure == "accuracy"
+    assert list(evidence(report(attention=LEANING, reliance=nothing)).accuracies) == ["accuracy"]
 
 
 def test_class_bias_asks_for_nothing():
@@ -181,49 +186,6 @@ def test_class_bias_asks_for_nothing():
 def test_ramp_reaches_one_at_the_last_step_of_the_warm_up():
     assert [ramp(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert ramp(0, 0) == ramp(0, 1) == 1.0
-
-
-def steps(*values):
-    averages = None
-    for base, term, annotated in values:
-        averages = averaged(averages, torch.tensor(base), torch.tensor(term), torch.tensor(annotated))
-    return averages
-
-
-def test_running_averages_by_hand():
-    first = steps((2.0, 0.5, True))
-    assert first.tolist() == [2.0, 0.5]
-    assert steps((2.0, 0.5, True), (1.0, 0.7, True)).tolist() == pytest.approx([1.99, 0.502])
-
-
-def test_what_is_not_known_leaves_the_averages_alone():
-    assert steps((2.0, 0.5, True), (1.0, 0.0, False)).tolist() == pytest.approx([1.99, 0.5])
-    assert steps((2.0, 0.5, True), (math.nan, math.inf, True)).tolist() == [2.0, 0.5]
-    late = steps((2.0, 0.0, False))
-    assert late[0] == 2
-    assert math.isnan(late[1])
-    assert steps((2.0, 0.0, False), (2.0, 0.3, True)).tolist() == pytest.approx([2.0, 0.3])
-
-
-def test_averages_carry_no_graph_and_are_single():
-    base = torch.tensor(2.0, dtype=torch.bfloat16, requires_grad=True)
-    averages = averaged(None, base * 1, base * 2, torch.tensor(True))
-    assert (averages.dtype, averages.requires_grad) == (torch.float32, False)
-
-
-def test_processes_share_their_averages(monkeypatch):
-    """One has annotated samples, the other has none."""
-    other = torch.tensor([[4.0, 0.0], [1.0, 0.0]])
-    monkeypatch.setattr(module.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.distributed, "all_reduce", lambda sums: sums.add_(other))
-    assert steps((2.0, 0.5, True)).tolist() == [3.0, 0.5]
-
-
-def test_scale_gives_the_term_the_size_of_the_loss_within_bounds():
-    assert float(scale(torch.tensor([2.0, 0.5]))) == 4.0
-    assert float(scale(torch.tensor([2.0, 0.0]))) == 100.0
-    assert float(scale(torch.tensor([0.0, 0.5]))) == pytest.approx(0.01)
-    assert float(scale(torch.tensor([2.0, math.nan]))) == 1.0
 
 
 @pytest.mark.parametrize(

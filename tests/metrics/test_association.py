@@ -100,18 +100,21 @@ def test_two_processes_equal_one_on_the_union():
     torch.testing.assert_close(tuple(reduced(*halves).compute()), tuple(union.compute()), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("cells", [1000, TOKENS * 3, TOKENS * 2])
+@pytest.mark.parametrize("cells", [1000, TOKENS * 8, TOKENS * 3, TOKENS * 2])
 def test_grown_metric_is_one_that_was_large_from_the_start(cells):
-    """Also where the strata become fewer on the way: classes 0 and 2 share one of two, all share one of one."""
-    grown, large = TokenAssociation(TOKENS, CLASSES, cells), TokenAssociation(TOKENS * 2, CLASSES, cells)
+    """Also where the strata become fewer on the way: from all 8 to 4, from 2 to 1."""
+    grown, large = TokenAssociation(TOKENS, 8, cells), TokenAssociation(10, 8, cells)
+    batches = [random_batch(seed) for seed in range(2)]
+    for batch in batches:
+        batch["target"] = batch["target"] * 2 + 1  # classes 1, 3 and 5
+        large.update(**batch)
     with torch.inference_mode():
-        grown.update(**random_batch(0))
+        grown.update(**batches[0])
         grown.compute()
     grown.grow(TOKENS + 1)
-    grown.update(**random_batch(1))
-    grown.grow(TOKENS * 2)
-    for seed in range(2):
-        large.update(**random_batch(seed))
+    assert grown.compute().sums.shape[2] == TOKENS + 1
+    grown.update(**batches[1])
+    grown.grow(10)
     torch.testing.assert_close(tuple(grown.compute()), tuple(large.compute()), rtol=1e-13, atol=0)
     torch.testing.assert_close(grown.packed(), large.packed(), rtol=1e-13, atol=0)
     grown.reset()
