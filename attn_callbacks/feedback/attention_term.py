@@ -71,8 +71,7 @@ def attention_term(
     wanted = [_near(relevance.float() * real, real)] if relevance is not None else []
     wanted += [_away(spurious.float() * real, real)] if spurious is not None else []
     with torch.autocast(calls[0].device.type, enabled=False):  # would take the sums in half precision
-        known = calls if valid is None else [call.with_valid(real > 0, call.key_valid) for call in calls]
-        layers = [_layer_costs(call, real, wanted, heads, queries == "first") for call in known]
+        layers = [_layer_costs(call, real, wanted, heads, queries == "first") for call in calls]
         terms = [_mean(costs, wish) for costs, wish in zip(zip(*layers, strict=True), wanted, strict=True)]
         return torch.stack(terms).sum(dim=0)
 

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import losses
 from benchmarks.debias.classifier import Classifier
+from benchmarks.debias.exchange import exchanged
 from benchmarks.debias.method import Method, balanced_sampler, cells, inverse_frequency, trained
 from benchmarks.debias.work import Samples, Splits, Work, region
 
@@ -71,8 +72,7 @@ class Randomised(Classifier):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of the changed inputs."""
-        protected = () if batch["inputs"].is_floating_point() else self.work.protected
-        inputs = losses.randomize_masked(batch["inputs"], _masked(batch), protected=protected)
+        inputs = exchanged(self.work, batch["inputs"], _masked(batch))
         return self.loss(self({**batch, "inputs": inputs}), batch)
 
 

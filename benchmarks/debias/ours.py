@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import losses
 from attn_callbacks import BatchSchema, BiasMonitor
 from attn_callbacks.feedback import AttentionGuidance, Feedback, MaskRandomization, RandomRationaleControl
 from benchmarks.debias.baselines import counts
 from benchmarks.debias.classifier import Classifier
+from benchmarks.debias.exchange import exchanged
 from benchmarks.debias.method import Method, trained
 from benchmarks.debias.work import Splits, Work
 
@@ -31,8 +34,7 @@ def random_rationale(work: Work, splits: Splits, steps: int, seed: int) -> nn.Mo
 
 def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention, and randomise what is spurious."""
-    transform = losses.MaskRandomization("shuffle", protected=_protected(work, splits))
-    randomised = MaskRandomization(transform, region=_region(splits))
+    randomised = MaskRandomization(partial(_exchanged, work), region=_region(splits))
     return _monitored(work, splits, steps, [randomised, AttentionGuidance()])
 
 
@@ -64,8 +66,8 @@ def _region(splits: Splits) -> str:
     return PIXELS if "spurious_pixels" in splits.train.parts else "spurious"
 
 
-def _protected(work: Work, splits: Splits) -> tuple[int, ...]:
-    return () if splits.train.parts["inputs"].is_floating_point() else work.protected
+def _exchanged(work: Work, inputs: Tensor, mask: Tensor, *, generator: torch.Generator) -> Tensor:
+    return exchanged(work, inputs, mask[:, None] if inputs.ndim == 4 else mask, generator)
 
 
 OURS = (

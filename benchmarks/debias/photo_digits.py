@@ -110,5 +110,6 @@ WORK = Work(
     epochs=15,
     batch_size=64,
     learning_rate=1e-3,
+    donor="marked",
     packages=("mlxtend==0.25.0", "scikit-learn"),
 )

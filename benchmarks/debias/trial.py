@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-import losses
 from attn_callbacks.capture import AttentionRecorder
 from benchmarks.debias.classifier import predict, steps_of
+from benchmarks.debias.exchange import exchanged
 from benchmarks.debias.method import Method
 from benchmarks.debias.work import Samples, Splits, Work, region
 
@@ -79,14 +79,8 @@ def reliance(work: Work, module: nn.Module, samples: Samples) -> float | None:
     if mask is None:
         return None
     inputs, draw = samples.parts["inputs"], torch.Generator().manual_seed(0)
-    if inputs.ndim == 4:
-        mask = mask.expand_as(inputs)
-    protected = () if inputs.is_floating_point() else work.protected
-    lost = 0.0
-    for _ in range(SHUFFLES):
-        changed = losses.randomize_masked(inputs, mask, protected=protected, generator=draw)
-        lost += _accuracy(module, samples) - _accuracy(module, samples.replaced(inputs=changed))
-    return lost / SHUFFLES
+    changed = [samples.replaced(inputs=exchanged(work, inputs, mask, draw)) for _ in range(SHUFFLES)]
+    return _accuracy(module, samples) - sum(_accuracy(module, each) for each in changed) / SHUFFLES
 
 
 def attention_mass(module: nn.Module, samples: Samples) -> float | None:

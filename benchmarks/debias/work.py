@@ -30,8 +30,8 @@ class Samples(Dataset[dict[str, Tensor]]):
     Args:
         parts: ``inputs`` (images, token ids or cached hidden states) and ``labels``; where there are some also
             ``group``, ``attention_mask`` (1 on tokens), and, True on tokens of the model (its class token included),
-            ``spurious`` and ``relevance``, both ``(samples, tokens)``; ``spurious_pixels``, ``(samples, height, width)``,
-            where that is not just the patches of ``spurious``. More parts may be there for the model.
+            ``spurious`` and ``relevance``, both ``(samples, tokens)``; where spurious pixels are not just the patches
+            of ``spurious``, ``spurious_pixels``, ``(samples, height, width)``. More may be there for the model.
 
     Raises:
         ValueError: If ``inputs`` or ``labels`` is missing, or the tensors differ in length.
@@ -108,6 +108,8 @@ class Work:
         weight_decay: Of AdamW.
         cosine: Let the learning rate fall to zero along a cosine; else it stays.
         groups: Names of the groups, in the order of their numbers.
+        donor: Who gives the values that replace spurious ones: ``"any"`` other sample, or one that is ``"marked"`` at
+            that place too, where other values would be foreign to it: the ink of another digit in the background.
         protected: Token ids that are not shuffled: padding, start and end.
         penalty: Strength of the penalty on input gradients that suits the inputs' scale, chosen on monitor samples.
         packages: Distributions that carry the data, as ``name==version``.
@@ -124,6 +126,7 @@ class Work:
     weight_decay: float = 1e-4
     cosine: bool = False
     groups: tuple[str, ...] = ()
+    donor: str = "any"
     protected: tuple[int, ...] = ()
     penalty: float = 0.1
     packages: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from benchmarks.debias import __main__ as command
 from benchmarks.debias import two_stage
 from benchmarks.debias.classifier import Classifier, predict, steps_of
 from benchmarks.debias.decoy_digits import WORK as DECOY
+from benchmarks.debias.exchange import marked_elsewhere
 from benchmarks.debias.method import Method, balanced_sampler, cells, inverse_frequency
 from benchmarks.debias.methods import CONTROL, METHODS, find_method
 from benchmarks.debias.photo_digits import WORK as PHOTO
@@ -116,6 +117,19 @@ def test_region_spreads_tokens_over_patches():
     text = {"inputs": torch.zeros(2, 10, dtype=torch.long), "spurious": marked}
     assert torch.equal(region(text), marked)
     assert region({"inputs": torch.zeros(2, 10)}) is None
+
+
+def test_exchanged_values_come_from_samples_that_are_marked_there_too():
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.arange(6 * 2 * 3 * 3).reshape(6, 2, 3, 3).float()
+    mask = (torch.rand(6, 1, 3, 3, generator=draw) < 0.6).expand_as(inputs)
+    changed = marked_elsewhere(inputs, mask, draw)
+    assert torch.equal(changed[~mask], inputs[~mask])
+    for place in torch.cartesian_prod(*map(torch.arange, (2, 3, 3))).tolist():
+        at = (slice(None), *place)
+        own, new = inputs[at][mask[at]].tolist(), changed[at][mask[at]].tolist()
+        assert sorted(own) == sorted(new)  # every marked sample gives once and takes once
+        assert len(own) < 2 or all(before != after for before, after in zip(own, new, strict=True))
 
 
 def test_samples_refuse_unequal_lengths_and_missing_labels():
@@ -293,9 +307,7 @@ def test_a_run_is_taken_up_where_it_ended(capsys, tmp_path, monkeypatch):
     assert "### decoy-digits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name", ["static-weights", "rrr", "mask-randomisation", "jtt", "ours-attention", "ours"]
-)
+@pytest.mark.parametrize("name", ["static-weights", "rrr", "mask-randomisation", "jtt", "ours-attention", "ours"])
 def test_methods_train(name, decoys):
     small = decoys._replace(train=decoys.train.rows(slice(64)), monitor=decoys.monitor.rows(slice(40)))
     torch.manual_seed(0)

@@ -68,19 +68,20 @@ def test_difference_within_chance_is_none():
     assert len(report([[[150, 50], [110, 90]]]).findings) == 1
 
 
-def test_many_comparisons_need_more():
-    """The same 0.25 below the others: beyond chance among two classes, not among forty."""
-
-    def found(classes):
-        counts = torch.diag(torch.full((classes,), 32))
-        counts[torch.arange(classes), (torch.arange(classes) + 1) % classes] = 8
-        counts[0, 0], counts[0, 1] = 22, 18
-        return BiasReport(0, 0, counts[None], tuple(f"class {i}" for i in range(classes))).findings
-
-    (finding,) = found(2)
+def test_two_classes_are_two_comparisons():
+    (finding,) = report([[[32, 8], [18, 22]]]).findings
     pooled = 0.25 / math.sqrt(54 / 80 * 26 / 80 * 2 / 40)
-    assert finding.p_value == pytest.approx(2 * stats.norm.sf(pooled), rel=0.05)  # twice: either class may be the worse
-    assert found(40) == ()
+    assert finding.p_value == pytest.approx(2 * stats.norm.sf(pooled), rel=0.05)
+
+
+@pytest.mark.parametrize(("classes", "found"), [(5, 1), (40, 0)])
+def test_many_comparisons_need_more(classes, found):
+    """0.175 below all others: beyond chance among five classes, not among forty."""
+    counts = torch.diag(torch.full((classes,), 32))
+    counts[torch.arange(classes), (torch.arange(classes) + 1) % classes] = 8
+    counts[0, 0], counts[0, 1] = 25, 15
+    names = tuple(f"class {i}" for i in range(classes))
+    assert len(BiasReport(0, 0, counts[None], names).findings) == found
 
 
 def test_little_support_is_no_finding():

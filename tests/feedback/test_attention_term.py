@@ -120,6 +120,17 @@ def test_without_validity_the_mask_of_the_model_tells_padding():
     torch.testing.assert_close(attention_term(calls, **sets), attention_term(calls, **sets, valid=VALID))
 
 
+def test_layer_in_which_a_sample_cannot_attend_leaves_its_mean():
+    closed = torch.ones(BATCH, 1, KEYS, KEYS, dtype=torch.bool)
+    closed[0] = False
+    calls, sets = [layer("a"), layer("bb", mask=closed)], {"spurious": SPURIOUS}
+    first, second = (
+        [expected([call], spurious=SPURIOUS & (torch.arange(BATCH) == n)[:, None]) for call in calls] for n in (0, 1)
+    )
+    wanted = (first[0] + (second[0] + second[1]) / 2) / 2
+    torch.testing.assert_close(attention_term(calls, **sets).double(), wanted, rtol=1e-4, atol=0)
+
+
 def test_chosen_heads():
     calls = [layer()]
     for queries in ("all", "first"):
