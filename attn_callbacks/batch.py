@@ -93,6 +93,9 @@ class BatchSchema:
         Raises:
             KeyError: If the schema names a key or a position that the batch does not have.
         """
+        if field not in _KEYS and field not in self.sets:
+            known = ", ".join(map(repr, self.token_sets))
+            raise KeyError(f"The batch schema has no token set {field!r} ({known}). Name it: BatchSchema(sets=...).")
         reader = self.sets[field] if field in self.sets else getattr(self, field)
         if reader is None:
             return None if field in self.sets else _usual(field, batch)

@@ -168,3 +168,24 @@ def test_pictures_may_be_bytes_and_token_ids_are_no_pictures() -> None:
     pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     assert BatchSchema().read("image", (pictures, torch.zeros(2))) is pictures
     assert BatchSchema().read("image", (pictures.long(), torch.zeros(2))) is None
+
+
+def test_named_token_sets_are_read_like_fields() -> None:
+    schema = BatchSchema(sets={"names": "name_mask", "loud": lambda batch: batch["input_ids"] > 5})
+    batch = {"input_ids": torch.tensor([[5, 6]]), "name_mask": torch.tensor([[1, 0]])}
+    assert schema.token_sets == ("relevance", "spurious", "names", "loud")
+    assert schema.flags("names", batch).tolist() == [[True, False]]
+    assert schema.flags("loud", batch).tolist() == [[False, True]]
+    assert "names" in repr(schema)
+
+
+def test_an_unknown_token_set_is_told() -> None:
+    with pytest.raises(KeyError, match="has no token set 'names'"):
+        BatchSchema().flags("names", {"names": torch.ones(1, 2)})
+
+
+def test_sets_must_not_take_the_names_of_fields() -> None:
+    with pytest.raises(ValueError, match=r"names of other fields, got \['spurious'\]"):
+        BatchSchema(sets={"spurious": "mask"})
+    with pytest.raises(TypeError, match="`sets` must map names"):
+        BatchSchema(sets=["names"])

@@ -136,3 +136,40 @@ def test_command_line_refuses_wrong_arguments(
     with pytest.raises(SystemExit):
         run_cli(name, tmp_path, monkeypatch, YAML.replace("samples: 1", "samples: many"))
     assert "samples" in capsys.readouterr().err
+
+
+ALL_FEEDBACK = """
+          - class_path: attn_callbacks.GroupReweighting
+            init_args: {{min_support: 2}}
+          - class_path: attn_callbacks.MaskRandomization
+            init_args: {{transform: {{class_path: losses.MaskRandomization, init_args: {{protected: [0]}}}}}}
+          - class_path: attn_callbacks.InputGradientPenalty
+            init_args: {{penalty: {{class_path: losses.InputGradientPenalty}}}}
+          - class_path: attn_callbacks.AdversarialTraining
+            init_args: {{attack: {{class_path: losses.FGM}}}}
+          - class_path: attn_callbacks.RandomLossWeights
+          - class_path: attn_callbacks.StaticInverseFrequency
+            init_args: {{by: group}}
+"""
+
+
+@both
+def test_command_line_builds_every_feedback_that_needs_no_object(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = YAML.index("          - class_path: attn_callbacks.ClassReweighting")
+    callbacks = run_cli(name, tmp_path, monkeypatch, YAML[:start] + ALL_FEEDBACK.lstrip("\n")).trainer.callbacks
+    monitor = next(callback for callback in callbacks if isinstance(callback, BiasMonitor))
+    assert [type(feedback).__name__ for feedback in monitor.feedback] == [
+        "GroupReweighting", "MaskRandomization", "InputGradientPenalty", "AdversarialTraining",
+        "RandomLossWeights", "StaticInverseFrequency",
+    ]  # fmt: skip
+
+
+@both
+def test_command_line_takes_automatic_feedback(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = YAML.index("        feedback:")
+    callbacks = run_cli(name, tmp_path, monkeypatch, YAML[:start] + "        feedback: automatic\n").trainer.callbacks
+    monitor = next(callback for callback in callbacks if isinstance(callback, BiasMonitor))
+    assert monitor.feedback == "automatic"
+    assert monitor.ledger

@@ -75,6 +75,20 @@ class Reliance:
         return float(_drop(self._all))
 
     @property
+    def changed(self) -> float:
+        """Share of samples whose outcome changes, either way; NaN without samples.
+
+        Where validation is balanced over a shortcut, accuracy does not fall without it, however much decides by it.
+        """
+        return float(rate(self._all[1, 0] + self._all[0, 1], self._all.sum()))
+
+    @property
+    def changed_interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of :attr:`changed`."""
+        low, high = wilson_interval(torch.tensor(self.changed), torch.tensor(self.support)).tolist()
+        return low, high
+
+    @property
     def error(self) -> float:
         """Standard error of :attr:`drop`."""
         return float(_error(self._all))

@@ -107,8 +107,9 @@ class BiasReport(Extremes):
     def findings(self) -> tuple[Finding, ...]:
         """What is beyond the dead band (0.02) and beyond chance, the largest first.
 
-        Chance is corrected for the number of classes, groups, cells and sets that were compared: a model without any
-        bias has a finding of one kind in one report of twenty at most.
+        Chance is corrected for the number of classes, groups, cells or sets that were compared: among the classes, say,
+        of a model without bias, at most about one report in twenty has a finding
+        (:func:`~attn_callbacks.bias.diagnosis.diagnose`).
         """
         return diagnose(self)
 

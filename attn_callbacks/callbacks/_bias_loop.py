@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from attn_callbacks.callbacks._fed_steps import FedSteps
 from attn_callbacks.callbacks._guard import message
 from attn_callbacks.callbacks._steps import tap_step
 from attn_callbacks.callbacks._training_loader import restart_loader, training_sampler
-from attn_callbacks.feedback import Action, Feedback, StepFeedback
+from attn_callbacks.feedback import Action, DynamicDistributedSampler, Feedback, StepFeedback, double_correction
 from attn_callbacks.feedback.ledger import Ledger, feedback_names
 
 if TYPE_CHECKING:
@@ -38,9 +39,17 @@ class BiasLoop:
         self._schema, self._patience, self._dry_run = schema, patience, dry_run
         self._names = feedback_names(self.feedback)
         self._steps: FedSteps | None = None
+        self._module: weakref.ref[LightningModule] | None = None
         self._seed: int | None = None
         self._place = (0, 0)
         self._sampler: Any = None
+        self._is_first_epoch = True
+        self._is_told = False
+
+    @property
+    def _samples(self) -> list[Feedback]:
+        """Feedback that steers the sampler."""
+        return [each for each in self.feedback if type(each).bind_sampler is not Feedback.bind_sampler]
 
     def start(self, trainer: Trainer, module: LightningModule, seed: int) -> list[Callable[[], None]]:
         """Bind the feedback for a new run, and return what ends its part in training steps.
@@ -59,10 +68,13 @@ class BiasLoop:
                 "`BiasMonitor` with feedback needs automatic optimization. Use the losses in your own "
                 "`training_step` instead."
             )
+        if len(self._samples) > 1:
+            raise MisconfigurationException("Two feedbacks steer one sampler and would undo each other: keep one `Resampling`.")
         for feedback in self.feedback:
             with misconfigured():
                 feedback.bind(module)
             feedback.hold(self._dry_run)
+        self._module = weakref.ref(module)
         taking_part = [feedback for feedback in self.feedback if isinstance(feedback, StepFeedback)]
         self._steps = None
         if not taking_part:
@@ -76,19 +88,19 @@ class BiasLoop:
         for feedback in self.feedback:
             with misconfigured():
                 feedback.bind_optimizers(trainer.optimizers)
-        self.start_epoch(trainer, first=True)
+        self._is_first_epoch = True
 
-    def start_epoch(self, trainer: Trainer, *, first: bool = False) -> None:
+    def start_epoch(self, trainer: Trainer) -> None:
         """Hand over the sampler; a Trainer may have built its loader anew."""
-        if not any(type(feedback).bind_sampler is not Feedback.bind_sampler for feedback in self.feedback):
+        if not self._samples:
             return
         with misconfigured():
-            sampler = training_sampler(trainer)
+            self._sampler = training_sampler(trainer)
             for feedback in self.feedback:
-                feedback.bind_sampler(sampler)
-        if first and sampler is not self._sampler:
+                feedback.bind_sampler(self._sampler)
+        if self._is_first_epoch:
             restart_loader(trainer)
-        self._sampler = sampler
+        self._is_first_epoch = False
 
     def start_step(self, step: int, batch_index: int) -> None:
         """Say which step comes next."""
@@ -119,8 +131,34 @@ class BiasLoop:
                 made = [useless]
             if made:
                 actions[name] = made
-        self.ledger.add(report, measured, actions, dry_run=self._dry_run, time=time.time(), note=note)
+        twice = self._corrected_twice(report) if actions else None
+        if twice is not None and not self._is_told:
+            self._is_told = True
+            rank_zero_warn(twice)
+        notes = " ".join(text for text in (note, twice) if text) or None
+        self.ledger.add(report, measured, actions, dry_run=self._dry_run, time=time.time(), note=notes)
         return actions
+
+    def _corrected_twice(self, report: BiasReport) -> str | None:
+        """Say which cell sampling, weights and margins lift together beyond balance."""
+        sampler, module = self._sampler, self._module() if self._module else None
+        if not isinstance(sampler, DynamicDistributedSampler) or module is None:
+            return None
+        groups, classes = sampler.shares.shape
+        if classes != len(report.class_names):
+            return None
+        names = report.group_names if groups == len(report.group_names) and groups > 1 else None
+        tables = [dict(part.named_buffers(recurse=False)) for part in module.modules()]
+        for table in tables:
+            weights, shift = table.get("class_weight"), table.get("adjustment")
+            fits = weights is None or tuple(weights.shape) in ((classes,), (groups, classes))
+            if (weights is not None or shift is not None) and fits:
+                told = double_correction(
+                    sampler.natural_shares, sampler.shares, weights, shift, classes=report.class_names, groups=names
+                )
+                if told is not None:
+                    return told
+        return None
 
     def mean_terms(self, trainer: Trainer) -> dict[str, float]:
         """Return the mean loss term of each feedback since the last call; every process must call it."""

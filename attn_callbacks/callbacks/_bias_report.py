@@ -85,15 +85,15 @@ def _candidates(
     found, samples = associations(sums), sums.samples.sum(dim=0)
     held = found.support.sum(dim=1)
     possible = held > 0 if are_places else (held > 0) & (held < _IN_ALL * samples.sum())
+    tests = [found.p_value] if are_places else [found.p_value, found.presence_p_value]
+    compared = sum(int((possible & p_value.isfinite()).sum()) for p_value in tests)
     for token in _strongest(found.z, found.p_value, possible):
-        compared = int((possible & found.p_value.isfinite()).sum())
         yield _candidate(name(token), found.wrong[token], found.right[token], found.p_value[token],
                          held[token], examples(token), compared)  # fmt: skip
     if are_places:
         return
     share = found.support / samples  # (tokens, 2): of wrong and of right predictions, those that hold it
     for token in _strongest(found.presence_z, found.presence_p_value, possible):
-        compared = int((possible & found.presence_p_value.isfinite()).sum())
         yield _candidate(f"presence of {name(token)}", share[token, 0], share[token, 1],
                          found.presence_p_value[token], held[token], examples(token), compared)  # fmt: skip
 

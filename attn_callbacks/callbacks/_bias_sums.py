@@ -85,7 +85,7 @@ class BiasSums:
         if any_failed:
             return None
         names = [name for name, found in zip(self._names, seen, strict=True) if found]
-        own = [(self._metrics.get(name) or self._fresh(name, sizes)).to(device) for name in names]
+        own = [self._sized(name, sizes).to(device) for name in names]
         process, processes = strategy.global_rank, strategy.world_size
         count = torch.tensor([float(broken)], dtype=torch.float64, device=device)
         total = strategy.reduce(torch.cat([count, *(m.packed(process, processes) for m in own)]), reduce_op="sum")
@@ -95,6 +95,15 @@ class BiasSums:
             part, total = total.tensor_split([len(metric.packed(process, processes))])
             merged[name] = metric.merged(part, processes)
         return (sizes, merged, all_broken) if classes else None
+
+    def _sized(self, name: str, sizes: Sizes) -> Accumulator:
+        """Return the metric of a name, as large as the largest of all processes."""
+        metric = self._metrics.get(name)
+        if metric is None:
+            return self._fresh(name, sizes)
+        if isinstance(metric, TokenAssociation):
+            metric.grow(sizes.tokens)
+        return metric
 
     def _fresh(self, name: str, sizes: Sizes) -> Accumulator:
         return _METRICS[name.partition("/")[0]](sizes)

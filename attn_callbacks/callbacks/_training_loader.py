@@ -33,7 +33,10 @@ def training_sampler(trainer: Trainer) -> Any:
 
 
 def restart_loader(trainer: Trainer) -> None:
-    """Let workers draw again: the Trainer starts them before any hook that can tell a sampler what to draw."""
+    """Let workers draw again in the first epoch of a run.
+
+    The Trainer starts them before it tells the sampler its epoch, and before any hook that could tell it its weights.
+    """
     loader: Any = trainer.train_dataloader
     fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
     if loader.num_workers and fetcher is not None and not trainer.fit_loop.restarted_mid_epoch:

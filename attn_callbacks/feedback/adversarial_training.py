@@ -17,14 +17,15 @@ from attn_callbacks.feedback.step import TrainingStep
 
 __all__ = ["AdversarialTraining"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = nn.Module | Callable[[Tensor, Tensor], Tensor]
 
 
 class AdversarialTraining(SwitchedFeedback):
     """Add the loss at inputs that an attack has changed for the worse: pictures, features or word embeddings.
 
     Within a region that must not decide, it makes the network indifferent to what is there, as far as the attack
-    reaches: choose its size about that of what the region holds. Without a region it makes predictions robust to small
+    reaches: choose its size about that of what the region holds. Words lie too far apart for most attacks: on token ids
+    prefer :class:`~attn_callbacks.feedback.MaskRandomization`. Without a region it makes predictions robust to small
     changes of everything, which singles out no feature, so no finding calls for it.
 
     Changes training: the loss of steps, which is then that of clean inputs plus ``coefficient`` times that of attacked

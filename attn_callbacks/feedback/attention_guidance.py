@@ -45,7 +45,8 @@ class AttentionGuidance(StepFeedback):
         when: ``"always"``, or ``"biased"``: from the first report with a finding of feature, group or attention on.
         control: Move the strength by what validation shows; ``False`` leaves it as it is.
         scale_free: Multiply the strength by the running average of the loss over that of the term, so that 1 means
-            equal sizes, whatever the units.
+            equal sizes: of 40 tokens attended alike, one spurious one costs 150 times less than one relevant one.
+            ``None``: for the built-in term. Processes of a distributed run then add up four numbers a step.
         warm_up: Number of steps over which the strength grows from nothing, after guidance was switched on.
         raise_by: Factor on the strength while reliance stays.
         limit: The strength stays between ``1 / limit`` and ``limit`` times ``coefficient``.
@@ -79,7 +80,7 @@ class AttentionGuidance(StepFeedback):
         queries: str = "all",
         when: str = "always",
         control: bool = True,
-        scale_free: bool = False,
+        scale_free: bool | None = None,
         warm_up: int = 0,
         raise_by: float = 1.5,
         limit: float = 10.0,
@@ -94,7 +95,8 @@ class AttentionGuidance(StepFeedback):
         self.heads = None if heads is None else tuple(integer("heads", head) for head in heads)
         self.queries = queries
         self.when = one_of("when", when, ("always", "biased"))
-        self.control, self.scale_free = control, scale_free
+        self.control = control
+        self.scale_free = loss is None if scale_free is None else scale_free
         self.settings = StrengthSettings(raise_by=raise_by, limit=limit, tolerance=tolerance, warm_up=warm_up)
         self._module: weakref.ref[nn.Module] | None = None
         self._on = self.when == "always"

@@ -21,7 +21,8 @@ __all__ = ["GroupReweighting"]
 class GroupReweighting(TableFeedback):
     r"""Give the groups that fare worst a larger share in the loss: group DRO, steered by validation.
 
-    It waits for the first finding of group bias. Then every group gets an even share :math:`q_g` of the loss, and after
+    A group is here a class within a group, or with ``by="group"`` the whole of it. It waits for the first finding of
+    group bias. Then every group gets an even share :math:`q_g` of the loss, and after
     each validation :math:`q_g \leftarrow q_g\, e^{\eta\, \ell_g}`, normalised, with the averaged validation loss
     :math:`\ell_g` of the group. Samples of a group weigh :math:`q_g / \pi_g`, where :math:`\pi_g` is the share of the
     group in what training is fed (without that count, in validation), so that :math:`\sum_g \pi_g w_g = 1` and the loss
@@ -37,8 +38,9 @@ class GroupReweighting(TableFeedback):
 
     Args:
         criterion: Dotted path of the loss in the LightningModule.
-        by: ``"group"``, or ``"cell"`` for each class within each group: where groups are correlated with classes, and
-            a group consists of samples that follow a shortcut and others that do not.
+        by: ``"cell"`` for each class within each group, or ``"group"``. Where groups are correlated with classes, as
+            with a shortcut, a group holds both samples that follow it and samples that do not, and its own weight
+            cannot tell them apart.
         step_size: Change of the log share per validation for each unit of loss.
         smoothing: Share of the old average loss in the new one, from 0 to below 1.
         floor: No group falls below this part of an even share, above 0 and below 1.
@@ -56,7 +58,7 @@ class GroupReweighting(TableFeedback):
         >>> from losses import WeightedCrossEntropyLoss
         >>> module = torch.nn.Module()
         >>> module.criterion = WeightedCrossEntropyLoss(2, num_groups=2)
-        >>> feedback = GroupReweighting()
+        >>> feedback = GroupReweighting(by="group")
         >>> feedback.bind(module)
         >>> counts = torch.tensor([[[45, 5], [5, 45]], [[25, 25], [20, 30]]])
         >>> fed = torch.tensor([[40, 40], [10, 10]])
@@ -78,7 +80,7 @@ class GroupReweighting(TableFeedback):
     def __init__(
         self,
         criterion: str = "criterion",
-        by: str = "group",
+        by: str = "cell",
         *,
         step_size: float = 1.0,
         smoothing: float = 0.5,

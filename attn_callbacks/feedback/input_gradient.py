@@ -17,9 +17,11 @@ __all__ = ["InputGradientPenalty"]
 class InputGradientPenalty(SwitchedFeedback):
     """Add a penalty on the input gradient of the prediction within a region: right for the right reasons.
 
-    It acts on what the network computes, not on where its attention goes, and unlike attention guidance it works over
-    a wide range of strengths, so its strength is not steered. With ``calibration_steps`` the penalty is scaled to the
-    size of the training loss: its first steps measure that and add nothing, from when it is switched on.
+    It acts on what the network computes, not on where its attention goes. On pictures it works over a wide range of
+    strengths, and its strength is not steered. On token ids the range is narrow, since a gradient that vanishes at one
+    word says little about the next word: prefer :class:`~attn_callbacks.feedback.MaskRandomization` there. With
+    ``calibration_steps`` the penalty is scaled to the size of the training loss: its first steps measure that and add
+    nothing, from when it is switched on. Keep them few: a shortcut that is learned meanwhile may stay.
 
     Changes training: the loss of steps. Answers reliance on the region (a ``"feature"`` finding). A step costs about
     twice as much, holds the graph of a backward pass, and runs on attention that can be differentiated twice, which

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_callbacks._checks import in_range
 from attn_callbacks.bias import Finding
@@ -16,7 +16,7 @@ from attn_callbacks.feedback.step import TrainingStep
 
 __all__ = ["MaskRandomization"]
 
-Transform = Callable[..., Tensor]
+Transform = nn.Module | Callable[..., Tensor]
 
 
 class MaskRandomization(SwitchedFeedback):

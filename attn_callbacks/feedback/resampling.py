@@ -64,7 +64,7 @@ class Resampling(BoundFeedback):
         ['positive: share of draws 0.100 -> 0.500', 'negative: share of draws 0.900 -> 0.500']
 
     References:
-        - Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020, section 4.1
+        - Kang et al., Decoupling Representation and Classifier for Long-Tailed Recognition, ICLR 2020
           (progressively-balanced sampling).
         - Idrissi et al., Simple data balancing achieves competitive worst-group-accuracy, CLeaR 2022.
     """
@@ -201,18 +201,18 @@ class Resampling(BoundFeedback):
 
     def _shares(self, natural: Tensor) -> Tensor:
         """Return the share of each cell that was decided on, acting or not, ``(cells,)``."""
-        wanted = (natural > 0).double()
+        wanted = torch.ones_like(natural)  # what training lacks gets none of it: the limit is 0 there
         if self.policy == "recall":
             wanted = natural * torch.tensor(self._controlled(natural).log_weight, dtype=torch.float64).exp()
         part = self.strength * (min(1.0, self._reports / self.anneal) if self.anneal else float(self._started))
         return natural + part * (limited_shares(wanted, natural, self.settings.limit) - natural)
 
     def _control(self, natural: Tensor, recall: Tensor, support: Tensor) -> None:
-        there = natural > 0  # what training lacks cannot be drawn, and must not move the others
+        support = support.where(natural > 0, 0)  # what training lacks cannot be drawn, and must not move the others
         self._state = control_step(
             self._controlled(natural),
-            recall.where(there, math.nan).tolist(),
-            support.where(there, 0).tolist(),
+            recall.tolist(),
+            support.tolist(),
             natural.tolist(),
             self.settings,
             act=self._started,

@@ -1,6 +1,6 @@
 """How strong a guiding term is: moved by what validation shows.
 
-Guidance works in a window of strengths: too little does nothing, and about three times what helps ruins the fit. So the
+Guidance works in a window of strengths: too little does nothing, and three times what helps may ruin the fit. So the
 strength moves in steps that cannot jump over the window, up by half and down to a half, one report at rest after each.
 """
 

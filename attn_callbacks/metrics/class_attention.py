@@ -147,14 +147,14 @@ def class_divergence(result: ClassAttentionResult, min_support: int = 20, correc
 
     Args:
         result: What `ClassAttention` computed.
-        min_support: Samples below which a class is not compared; at least 2.
+        min_support: Samples below which a class is not compared; the correction needs two.
         corrected: Take off what chance adds; ``False`` gives the distance of the means as they are.
 
     Shape:
         - output: ``(classes, classes)``, float64 in [0, 1], symmetric; NaN for a class below ``min_support``
 
     Raises:
-        ValueError: If ``min_support`` is below 2.
+        ValueError: If ``min_support`` is below 1.
 
     Example:
         >>> shares = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]).double()
@@ -163,7 +163,7 @@ def class_divergence(result: ClassAttentionResult, min_support: int = 20, correc
                 [1., 0., nan],
                 [nan, nan, nan]], dtype=torch.float64)
     """
-    at_least("min_support", min_support, 2)
+    at_least("min_support", min_support, 1)
     enough = result.support >= min_support
     squared = pairwise_jensen_shannon(result.distribution) ** 2
     if corrected:

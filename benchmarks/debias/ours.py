@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 import losses
 from attn_callbacks import BatchSchema, BiasMonitor
-from attn_callbacks.feedback import AttentionGuidance, Feedback, MaskRandomization, RandomRationaleControl
+from attn_callbacks.feedback import (
+    AttentionGuidance,
+    DynamicDistributedSampler,
+    Feedback,
+    MaskRandomization,
+    RandomRationaleControl,
+)
 from benchmarks.debias.baselines import counts
 from benchmarks.debias.classifier import Classifier
 from benchmarks.debias.exchange import exchanged
@@ -24,23 +30,23 @@ PIXELS = "pixels"
 
 def attention(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention alone."""
-    return _monitored(work, splits, steps, [AttentionGuidance()])
+    return _monitored(work, splits, steps, seed, [AttentionGuidance()])
 
 
 def random_rationale(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention by random tokens, as many as are annotated: the control of `attention`."""
-    return _monitored(work, splits, steps, [RandomRationaleControl(AttentionGuidance(), seed=seed)])
+    return _monitored(work, splits, steps, seed, [RandomRationaleControl(AttentionGuidance(), seed=seed)])
 
 
 def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention, and randomise what is spurious."""
     randomised = MaskRandomization(partial(_exchanged, work), region=_region(splits))
-    return _monitored(work, splits, steps, [randomised, AttentionGuidance()])
+    return _monitored(work, splits, steps, seed, [randomised, AttentionGuidance()])
 
 
 def automatic(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Let the monitor decide what to do."""
-    return _monitored(work, splits, steps, "automatic")
+    return _monitored(work, splits, steps, seed, "automatic")
 
 
 class Steered(Classifier):
@@ -49,10 +55,12 @@ class Steered(Classifier):
     group_part = "group"
 
 
-def _monitored(work: Work, splits: Splits, steps: int, feedback: Sequence[Feedback] | str) -> nn.Module:
+def _monitored(work: Work, splits: Splits, steps: int, seed: int, feedback: Sequence[Feedback] | str) -> nn.Module:
     sets = {PIXELS: "spurious_pixels"} if "spurious_pixels" in splits.train.parts else {}
     monitor = BiasMonitor(BatchSchema(sets=sets), feedback=feedback, classes=work.classes, groups=work.groups)
-    return trained(work, splits, steps, kind=Steered, criterion=_criterion(work, splits), callbacks=[monitor])
+    sampler = DynamicDistributedSampler(splits.train.labels, groups=splits.train.group, seed=seed)
+    criterion = _criterion(work, splits)
+    return trained(work, splits, steps, kind=Steered, criterion=criterion, callbacks=[monitor], sampler=sampler)
 
 
 def _criterion(work: Work, splits: Splits) -> nn.Module:

@@ -94,13 +94,10 @@ def attention_mass(module: nn.Module, samples: Samples) -> float | None:
     valid = batch.get("attention_mask", torch.ones_like(marked)).bool()
     shares = []
     for call in recorder.calls:
-        on_marked = (call.weights() * marked[:, None, None].to(torch.float32)).sum(dim=-1)  # (samples, heads, queries)
-        kept = (
-            valid[:, None].expand_as(on_marked)
-            if on_marked.shape[2] == valid.shape[1]
-            else torch.ones_like(on_marked, dtype=torch.bool)
-        )
-        shares.append(float(on_marked[kept].mean()))
+        mass = (call.weights() * marked[:, None, None].to(torch.float32)).sum(dim=-1)  # (samples, heads, queries)
+        if mass.shape[2] == valid.shape[1]:  # else queries are fewer than tokens, and all of them are real
+            mass = mass[valid[:, None].expand_as(mass)]
+        shares.append(float(mass.mean()))
     return sum(shares) / len(shares)
 
 

@@ -74,6 +74,7 @@ def test_dropout_is_on_and_only_the_layers_learn(encoder):
     ids, valid = batch_of(encoder)
     model = _text.PretrainedLayers(0, 2, classes=2)
     batch = {"inputs": _text.word_vectors()[ids], "attention_mask": valid}
+    assert all(part.training for part in model.modules())
     assert not torch.equal(model(batch), model(batch))
     model(batch).sum().backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
@@ -89,7 +90,7 @@ def test_half_precision_states_are_taken(encoder):
 
 
 def test_a_table_starts_after_its_header(tmp_path, monkeypatch):
-    (tmp_path / "small.tab").write_text('Category\tText\nd\tstring\nclass\t\n\nearn\t"a" b\tc\nship\td\n', "utf-8")
+    (tmp_path / "small.tab").write_text('Category\tText\nd\tstring\nclass\tmeta\nearn\t"a" b\tc\nship\td\n', "utf-8")
     package = SimpleNamespace(locate_file=lambda path: tmp_path / path.split("/")[-1])
     monkeypatch.setattr(_text, "distribution", lambda name: package)
     assert _text.text_table("small.tab") == [("earn", '"a" b\tc'), ("ship", "d")]

@@ -92,6 +92,12 @@ def test_feature_findings_are_corrected_for_the_sets():
     assert report(reliance={f"set {i}": reliance(20, 6) for i in range(6)}).findings == ()  # 6 x 0.009
 
 
+def test_set_without_support_is_no_comparison():
+    few = Reliance(torch.tensor([[[0, 0], [0, 9]], [[0, 0], [0, 10]]]))
+    finding = only(report(reliance={"spurious": reliance(20, 6), "names": few}).findings, "feature")
+    assert finding.p_value == pytest.approx(stats.binomtest(20, 26).pvalue)
+
+
 @pytest.mark.parametrize(
     "sets",
     [

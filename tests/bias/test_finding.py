@@ -74,12 +74,12 @@ def test_two_classes_are_two_comparisons():
     assert finding.p_value == pytest.approx(2 * stats.norm.sf(pooled), rel=0.05)
 
 
-@pytest.mark.parametrize(("classes", "found"), [(5, 1), (40, 0)])
+@pytest.mark.parametrize(("classes", "found"), [(5, 1), (100, 0)])
 def test_many_comparisons_need_more(classes, found):
-    """0.175 below all others: beyond chance among five classes, not among forty."""
+    """0.2 below all others: beyond chance among five classes, not among a hundred."""
     counts = torch.diag(torch.full((classes,), 32))
     counts[torch.arange(classes), (torch.arange(classes) + 1) % classes] = 8
-    counts[0, 0], counts[0, 1] = 25, 15
+    counts[0, 0], counts[0, 1] = 24, 16
     names = tuple(f"class {i}" for i in range(classes))
     assert len(BiasReport(0, 0, counts[None], names).findings) == found
 

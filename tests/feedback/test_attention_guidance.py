@@ -73,17 +73,17 @@ def checkpoint(state):
 
 def test_term_is_the_coefficient_times_the_exact_mass_term():
     step = Step([call("first"), call("second")], RELEVANCE, SPURIOUS, VALID)
-    term = AttentionGuidance(coefficient=3.0).term(step)
+    term = AttentionGuidance(coefficient=3.0, scale_free=False).term(step)
     torch.testing.assert_close(term, 3 * attention_term(step.calls, RELEVANCE, SPURIOUS, VALID))
     term.backward()
     assert all(each.query.grad.abs().sum() > 0 for each in step.calls)
 
 
 def test_heads_and_queries_are_passed_on():
-    term = AttentionGuidance(heads=[1], queries="first").term(MARKED)
+    term = AttentionGuidance(heads=[1], queries="first", scale_free=False).term(MARKED)
     chosen = attention_term(MARKED.calls, RELEVANCE, SPURIOUS, VALID, heads=[1], queries="first")
     torch.testing.assert_close(term, chosen)
-    assert term != AttentionGuidance(queries="first").term(MARKED)
+    assert term != AttentionGuidance(queries="first", scale_free=False).term(MARKED)
 
 
 def test_loss_of_ones_own_gets_the_weights_of_all_layers():
@@ -140,7 +140,7 @@ def test_warm_up_grows_from_nothing_step_by_step():
 
 
 def test_scale_free_term_has_the_size_of_the_loss():
-    guidance = AttentionGuidance(coefficient=0.5, scale_free=True)
+    guidance = AttentionGuidance(coefficient=0.5)
     step = Step(relevance=RELEVANCE, loss=torch.tensor(3.0, requires_grad=True))
     assert float(guidance.term(step).detach()) == pytest.approx(1.5)
     step.loss = torch.tensor(30.0)
@@ -151,6 +151,12 @@ def test_scale_free_term_has_the_size_of_the_loss():
     assert guidance.state_dict()["averages"][1] == before
     assert guidance.term(Step(loss=torch.tensor(300.0))) is None
     assert guidance.state_dict()["averages"][0] > 6
+
+
+def test_a_loss_of_ones_own_has_its_own_scale_unless_asked():
+    step, loss = Step(relevance=RELEVANCE, loss=torch.tensor(30.0)), AttentionGuidedLoss()
+    assert AttentionGuidance(loss).term(step) < 1
+    assert float(AttentionGuidance(loss, scale_free=True).term(step).detach()) == pytest.approx(30)
 
 
 def test_padding_that_is_marked_is_no_annotation():
@@ -198,7 +204,7 @@ def test_bounds_of_strength_are_its_own():
 
 
 def test_without_control_the_strength_stays():
-    guidance = AttentionGuidance(control=False)
+    guidance = AttentionGuidance(control=False, scale_free=False)
     for each in (RELIANT, ATTENTION_BIAS, FAIR, FALLEN):
         assert guidance.apply(each) == ()
     torch.testing.assert_close(guidance.term(MARKED), attention_term(MARKED.calls, RELEVANCE, SPURIOUS, VALID))
@@ -338,7 +344,7 @@ def test_copy_lets_go_of_the_module_and_keeps_the_state(twin):
 
 def test_repr_builds_it_again():
     guidance = AttentionGuidance(
-        None, 2.0, layers=["encoder.*"], heads=[1], queries="first", when="biased", control=False, scale_free=True,
+        None, 2.0, layers=["encoder.*"], heads=[1], queries="first", when="biased", control=False, scale_free=False,
         warm_up=5, raise_by=2.0, limit=4.0, tolerance=0.1,
     )  # fmt: skip
     assert repr(eval(repr(guidance))) == repr(guidance)

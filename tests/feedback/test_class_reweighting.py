@@ -106,7 +106,11 @@ def test_sentences_name_the_average_that_the_weights_follow():
     feedback = bound(target)
     feedback.apply(report())
     # averages 0.7 * 0.9 + 0.3 * 0.6 = 0.81 and 0.7 * 0.5 + 0.3 * 0.8 = 0.59: positive rises above the better recall
-    negative, positive = texts(feedback.apply(report(torch.tensor([[[60, 40], [20, 80]]]))))
+    later = report(torch.tensor([[[60, 40], [20, 80]]]))
+    actions = feedback.apply(later)
+    negative, positive = texts(actions)
+    assert [finding.key for finding in later.findings] == [("class", "negative")]
+    assert [action.finding for action in actions] == [None, None]  # its weight falls: that is no answer
     assert negative.endswith("(recall 0.60, average 0.81)")
     assert positive.endswith("(recall 0.80, average 0.59)")
     assert math.exp(0.62) / math.cosh(0.62) == pytest.approx(1.55, abs=0.005)  # 0.4 of the first step, 0.22 of this one
@@ -287,6 +291,9 @@ def test_same_module_keeps_its_weights_and_another_starts_anew():
     feedback.bind(other)
     assert other.criterion.class_weight.tolist() == [1.0, 1.0]
     assert feedback.state_dict()["updates"] == 0
+    fresh, feed = module(), report(torch.tensor([[[60, 40], [20, 80]]]))
+    expected = bound(fresh).apply(feed)
+    assert feedback.apply(feed) == expected  # nothing is left of the averages
 
 
 def test_module_is_let_go_after_its_run_and_the_next_starts_anew():
@@ -302,6 +309,9 @@ def test_module_is_let_go_after_its_run_and_the_next_starts_anew():
     feedback.bind(other)
     assert other.criterion.class_weight.tolist() == [1.0, 1.0]
     assert feedback.state_dict()["updates"] == 0
+    fresh, feed = module(), report(torch.tensor([[[60, 40], [20, 80]]]))
+    expected = bound(fresh).apply(feed)
+    assert feedback.apply(feed) == expected  # nothing is left of the averages
 
 
 def test_state_loaded_for_another_module_wins_over_the_last_run():
@@ -692,6 +702,37 @@ def test_resumed_run_keeps_the_start_of_the_first_run():
     assert resumed.criterion.class_weight.tolist() == [1.0, 3.0]
 
 
+def test_table_is_left_alone_once_it_was_given_back():
+    target = module()
+    feedback = bound(target)
+    feedback.apply(report())
+    feedback.withdraw()
+    target.criterion.set_class_weight([0.5, 2.0])  # a schedule of the user's own
+    assert len(feedback.apply(noisy(1))) == 2
+    assert target.criterion.class_weight.tolist() == [0.5, 2.0]
+
+
+def test_another_module_gets_back_what_it_had_itself():
+    target, other = module(), module(weight=[1.0, 3.0])
+    feedback = bound(target)
+    feedback.apply(report())
+    feedback.bind(other)
+    feedback.apply(report())
+    feedback.withdraw()
+    assert other.criterion.class_weight.tolist() == [1.0, 3.0]
+
+
+def test_saved_start_wins_over_a_table_that_was_restored_steered():
+    target, resumed = Module(Own()), Module(Own())
+    feedback = bound(target)
+    feedback.apply(report())
+    resumed.load_state_dict(target.state_dict())
+    second = bound(resumed)
+    second.load_state_dict(saved(feedback))
+    second.withdraw()
+    assert resumed.criterion.class_weight.tolist() == [1.0, 1.0]
+
+
 # --- policies ----------------------------------------------------------------------------------------------------
 
 
@@ -736,6 +777,14 @@ def test_effective_number_knows_nothing_without_training():
     assert target.criterion.class_weight.tolist() == [1.0, 1.0]
     (frequent, _) = feedback.apply(report(train_counts=torch.tensor([[9, 1]])))[::-1]
     assert str(frequent).endswith("samples an epoch)")
+
+
+@pytest.mark.parametrize("policy", ["difficulty", "effective_number"])
+def test_a_class_of_which_a_policy_knows_nothing_rests(policy):
+    target = module(weight=[1.0, 3.0])
+    feedback = bound(target, policy=policy)
+    feedback.apply(report(torch.tensor([[[90, 10], [0, 0]]]), train_counts=torch.tensor([[9, 0]])))
+    assert target.criterion.class_weight.tolist() == [1.0, 3.0]
 
 
 def test_deferred_waits_for_its_reports():

@@ -126,6 +126,13 @@ def test_only_a_cell_that_is_rare_and_there_is_named():
     assert said(common, torch.tensor([[0.8, 0.2]]), torch.tensor([9.0, 1.0])) is None
 
 
+def test_a_cell_that_is_not_there_is_left_out():
+    natural, fed, weights = torch.tensor([[9, 9, 0]]), torch.ones(1, 3), torch.tensor([0.1, 0.1, 5.0])
+    assert said(natural, fed, weights, classes=("a", "b", "c")) is None
+    assert said(torch.tensor([[9, 9, 1]]), fed, weights, classes=("a", "b", "c")) is not None
+    assert said(torch.tensor([[9, 0]]), torch.tensor([[9, 0]]), INVERSE, LOG_PRIOR) is None
+
+
 def test_the_cell_furthest_beyond_is_named():
     natural, fed = torch.tensor([[80, 10, 10]]), torch.tensor([[1, 1, 1]])
     text = said(natural, fed, torch.tensor([1.0, 10.0, 20.0]), classes=("a", "b", "c"))

@@ -34,8 +34,8 @@ def report(counts=UNFAIR, fed=FED, **arguments):
     return BiasReport(0, 0, counts, CLASSES, GROUPS[: len(counts)], train_counts=fed, **arguments)
 
 
-def bound(target, *arguments, **keywords):
-    feedback = GroupReweighting(*arguments, **keywords)
+def bound(target, by="group", **keywords):
+    feedback = GroupReweighting(by=by, **keywords)
     feedback.bind(target)
     return feedback
 
@@ -247,6 +247,11 @@ def test_table_leaves_the_state_dict():
     assert target.state_dict() == {}
 
 
+def test_cells_are_the_default():
+    """Weights of whole groups cannot tell samples that follow a shortcut from those of the same group that do not."""
+    assert GroupReweighting().by == "cell"
+
+
 def test_repr_and_pickle():
     feedback = bound(module(), by="cell", step_size=0.5, limit=5.0)
     feedback.load_state_dict({"share": [0.5, 0.5]})
@@ -275,7 +280,7 @@ def test_bind_and_apply_refuse_what_does_not_fit():
     plain, small = module(), module(groups=2)
     plain.criterion = WeightedCrossEntropyLoss(2)
     with pytest.raises(ValueError, match=r"by='group' needs `criterion.class_weight` of shape \(groups, classes\)"):
-        GroupReweighting().bind(plain)
+        GroupReweighting(by="group").bind(plain)
     with pytest.raises(ValueError, match=r"has shape \(2, 2\), but the report counts \(3, 2\)"):
         bound(small).apply(report())
     with pytest.raises(ValueError, match="by='group' needs groups in the report, got none"):

@@ -199,6 +199,27 @@ def test_recall_is_averaged_while_it_waits():
     np.testing.assert_allclose(averages[1], [0.9, 0.5])
 
 
+def test_recall_moves_nothing_while_it_waits():
+    feedback = bound(by_class(), policy="recall")
+    assert feedback.apply(report(min_support=1000)) == ()  # too few for a finding
+    assert feedback.state_dict()["log_weight"].tolist() == [0.0, 0.0]
+
+
+def test_recall_of_a_cell_that_training_lacks_moves_no_other():
+    sampler = by_group(((50, 0), (10, 40)))
+    feedback = bound(sampler, "group", "recall")
+    feedback.apply(report(BY_GROUP))
+    expected = control_step(
+        ControllerState((0.0,) * 4, (math.nan,) * 4),
+        [0.95, math.nan, 0.85, 0.92],
+        [100, 0, 100, 100],
+        [0.5, 0.0, 0.1, 0.4],
+        ControllerSettings(limit=50.0),
+    )
+    assert feedback.state_dict()["log_weight"].tolist() == list(expected.log_weight)
+    assert sampler.shares[0, 1] == 0
+
+
 def test_cells_that_validation_does_not_have_rest():
     sampler = by_group(((40, 10, 10), (10, 40, 10), (5, 5, 5)))
     feedback = bound(sampler, "group", "recall")

@@ -177,6 +177,18 @@ def test_a_point_at_the_very_end_draws_no_sample_of_weight_0(replacement, monkey
     assert draw(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64), 3, generator(0)).max() == 1
 
 
+@pytest.mark.parametrize("draw", [draw_independently, draw_evenly])
+def test_a_point_at_the_very_start_draws_no_sample_of_weight_0(draw, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **arguments: torch.zeros(size, dtype=torch.float64))
+    assert draw(torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64), 3, generator(0)).tolist() == [2, 2, 2]
+
+
+def test_even_draws_pair_any_samples():
+    weights = torch.ones(4, dtype=torch.float64)
+    pairs = {tuple(draw_evenly(weights, 2, generator(seed)).sort().values.tolist()) for seed in range(100)}
+    assert len(pairs) == 6  # in their own order they would lie two apart
+
+
 def test_more_samples_than_multinomial_can_draw_from():
     weights = torch.zeros(2**24 + 10, dtype=torch.float64)
     weights[-3:] = 1.0
@@ -267,6 +279,10 @@ def test_a_copy_is_its_own():
     copied.set_class_weights([1.0, 0.0, 0.0])
     assert sampler.cell_weights.tolist() == [[1.0, 2.0, 3.0]]
     sampler.cell_weights.zero_()
+    own = torch.ones(len(LABEL), dtype=torch.float64)
+    sampler.set_sample_weights(own)
+    own.zero_()
+    assert float(sampler.weights.sum()) == 30
     state = sampler.state_dict()
     sampler.set_class_weights([1.0, 1.0, 1.0])
     assert state["cell_weights"].tolist() == [[1.0, 2.0, 3.0]]

@@ -148,6 +148,13 @@ def test_class_below_support_has_no_distance():
     assert not class_divergence(result, min_support=19)[:3, :3].isnan().any()
 
 
+def test_single_sample_has_a_distance_but_no_correction():
+    metric = ClassAttention(2, 2)
+    metric.update(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), None, torch.tensor([0, 1]))
+    assert class_divergence(metric.compute(), min_support=1).isnan().all()
+    assert class_divergence(metric.compute(), min_support=1, corrected=False).tolist() == [[0, 1], [1, 0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -166,5 +173,5 @@ def test_wrong_update_raises(arguments, message):
 def test_wrong_sizes_raise():
     with pytest.raises(ValueError, match="`bins` must be at least 2, got 1"):
         ClassAttention(2, 1)
-    with pytest.raises(ValueError, match="`min_support` must be at least 2, got 1"):
-        class_divergence(ClassAttentionResult(*torch.zeros(3, 2, 2)), min_support=1)
+    with pytest.raises(ValueError, match="`min_support` must be at least 1, got 0"):
+        class_divergence(ClassAttentionResult(*torch.zeros(3, 2, 2)), min_support=0)
