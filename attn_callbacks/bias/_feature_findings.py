@@ -30,7 +30,10 @@ _CLASSES = 3
 
 
 def reliance_findings(report: BiasReport) -> Iterator[Finding]:
-    """Yield token sets without which accuracy falls; relevant tokens are there to be relied on.
+    """Yield token sets without which outcomes change; relevant tokens are there to be relied on.
+
+    Either accuracy falls beyond chance, or surely more than one outcome in ten changes: where validation is balanced
+    over a shortcut, as many get right without it as get wrong.
 
     Args:
         report: The report.
@@ -39,28 +42,34 @@ def reliance_findings(report: BiasReport) -> Iterator[Finding]:
     if not sets:
         return
     enough = torch.tensor([reliance.support >= report.min_support for _, reliance in sets])
-    size = torch.tensor([reliance.drop for _, reliance in sets], dtype=torch.float64).where(enough, torch.nan)
-    chance = torch.tensor([reliance.p_value for _, reliance in sets], dtype=torch.float64).where(enough, torch.nan)
+    size = torch.tensor([reliance.changed for _, reliance in sets], dtype=torch.float64).where(enough, torch.nan)
+    either = [min(1.0, 2 * min(_drop_chance(reliance), reliance.changed_p_value)) for _, reliance in sets]
+    chance = torch.tensor(either, dtype=torch.float64).where(enough, torch.nan)
     p_values, found = beyond_chance(size, chance)
     for (place,) in found:
         name, reliance = sets[place]
         text = (
-            f"Predictions rely on {name} tokens: accuracy falls from {reliance.before:.2f} to {reliance.after:.2f}, by "
-            f"{amount(reliance.drop, reliance.interval)}, without what they hold ({reliance.method}), on "
-            f"{reliance.support} samples."
+            f"Predictions rely on {name} tokens: without what they hold ({reliance.method}) the outcome of "
+            f"{amount(reliance.changed, reliance.changed_interval)} of {reliance.support} samples changes, and accuracy "
+            f"goes from {reliance.before:.2f} to {reliance.after:.2f}."
         )
         yield Finding(
             "feature",
             name,
-            reliance.drop,
-            reliance.error,
+            reliance.changed,
+            reliance.changed_error,
             reliance.support,
             text,
-            reliance.interval,
+            reliance.changed_interval,
             float(p_values[place]),
             ANSWERS["feature"],
             tuple(_about_set(report, name, reliance)),
         )
+
+
+def _drop_chance(reliance: Reliance) -> float:
+    """Probability of such a fall of accuracy by chance; a rise is no reliance."""
+    return reliance.p_value if reliance.drop > 0 else 1.0
 
 
 def candidate_findings(report: BiasReport) -> Iterator[Finding]:

@@ -22,9 +22,9 @@ ANSWERS = {
     "group": ("Resampling", "GroupReweighting", 'ClassReweighting(by="group")'),
     "feature": (
         *("MaskRandomization", "InputGradientPenalty", "AdversarialTraining"),
-        *("AttentionGuidance", "FeatureRegularization"),
+        *("AttentionGuidance", "FeatureRegularization", "EnsembleFeedback"),
     ),
-    "attention": ("AttentionGuidance", "MaskRandomization"),
+    "attention": ("AttentionGuidance",),
 }
 """Feedback by kind of finding, the first choice first."""
 

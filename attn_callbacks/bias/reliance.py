@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.bias._held import check_axes_of, hold
-from attn_callbacks.bias.intervals import paired_interval
-from attn_callbacks.bias.rates import rate
+from attn_callbacks.bias.intervals import paired_interval, wilson_interval
+from attn_callbacks.bias.rates import rate, rate_error
 
 __all__ = ["Reliance"]
+
+_TOUCHED = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +87,19 @@ class Reliance:
     @property
     def changed_interval(self) -> tuple[float, float]:
         """95 % Wilson interval of :attr:`changed`."""
-        low, high = wilson_interval(torch.tensor(self.changed), torch.tensor(self.support)).tolist()
+        low, high = wilson_interval(self._all[1, 0] + self._all[0, 1], self._all.sum()).tolist()
         return low, high
+
+    @property
+    def changed_error(self) -> float:
+        """Standard error of :attr:`changed`."""
+        return float(rate_error(torch.tensor(self.changed, dtype=torch.float64), self._all.sum()))
+
+    @property
+    def changed_p_value(self) -> float:
+        """Probability that as many outcomes change where one in ten does: as many as change by touching inputs at all."""
+        changed = int(self._all[1, 0] + self._all[0, 1])
+        return _at_least(changed, self.support, _TOUCHED) if self.support else math.nan
 
     @property
     def error(self) -> float:
@@ -121,7 +134,7 @@ class Reliance:
 
     def to_dict(self) -> dict[str, object]:
         """Return the counts and all that follows from them, by name."""
-        names = ("method", "counts", "support", "before", "after", "drop", "error", "interval", "p_value")
+        names = ("method", "counts", "support", "before", "after", "drop", "error", "interval", "p_value", *_CHANGED)
         return {name: getattr(self, name) for name in (*names, *_BY_CLASS)}
 
     @cached_property
@@ -129,6 +142,7 @@ class Reliance:
         return self.counts.sum(dim=0)  # (before, after)
 
 
+_CHANGED = ("changed", "changed_error", "changed_interval", "changed_p_value")
 _BY_CLASS = ("class_support", "class_drop", "class_error", "class_interval")
 
 
@@ -149,7 +163,11 @@ def _error(counts: Tensor) -> Tensor:
 
 def _mcnemar(lost: int, gained: int) -> float:
     """Probability of a split at least this unequal of fair coins."""
-    coins, most = lost + gained, max(lost, gained)
-    heads = torch.arange(most, coins + 1, dtype=torch.float64)
-    ways = math.lgamma(coins + 1) - torch.lgamma(heads + 1) - torch.lgamma(coins - heads + 1)
-    return min(1.0, 2 * float((ways - coins * math.log(2)).exp().sum()))
+    return min(1.0, 2 * _at_least(max(lost, gained), lost + gained, 0.5))
+
+
+def _at_least(hits: int, trials: int, chance: float) -> float:
+    """Probability of as many hits or more."""
+    many = torch.arange(hits, trials + 1, dtype=torch.float64)
+    ways = math.lgamma(trials + 1) - torch.lgamma(many + 1) - torch.lgamma(trials - many + 1)
+    return min(1.0, float((ways + many * math.log(chance) + (trials - many) * math.log1p(-chance)).exp().sum()))

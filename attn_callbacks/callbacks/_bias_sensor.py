@@ -179,7 +179,7 @@ class BiasSensor:
         """
         if not failed:
             self._measure_reliance(trainer)
-        gathered = self._sums.gathered(trainer.strategy, failed=failed, broken=int(self._broken))
+        gathered = self._sums.gathered(trainer, failed=failed, broken=int(self._broken))
         self.fed.gather(trainer.strategy)
         if gathered is None:
             return None

@@ -18,7 +18,7 @@ from attn_callbacks.metrics import (
 from attn_callbacks.metrics.accumulator import Accumulator
 
 if TYPE_CHECKING:
-    from pytorch_lightning.strategies import Strategy
+    from pytorch_lightning import Trainer
 
 __all__ = ["BiasSums", "Sizes"]
 
@@ -65,11 +65,11 @@ class BiasSums:
             self._metrics[name] = self._fresh(name, self.sizes).to(device)
         return self._metrics[name]
 
-    def gathered(self, strategy: Strategy, *, failed: bool, broken: int) -> tuple[Sizes, dict[str, Any], int] | None:
+    def gathered(self, trainer: Trainer, *, failed: bool, broken: int) -> tuple[Sizes, dict[str, Any], int] | None:
         """Add up over processes; each of them must call it.
 
         Args:
-            strategy: Reduces over processes.
+            trainer: Knows the processes.
             failed: This process could not count all of its batches.
             broken: Samples that this process left out.
 
@@ -77,6 +77,7 @@ class BiasSums:
             Sizes, metrics that hold the sums of all processes, and the samples left out by all; ``None`` if a process
             failed or none counted anything.
         """
+        strategy = trainer.strategy
         device = strategy.root_device
         held = [int(name in self._metrics) for name in self._names]
         flags = torch.tensor([int(failed), broken > 0, *self.sizes, *held], device=device)
@@ -86,7 +87,7 @@ class BiasSums:
             return None
         names = [name for name, found in zip(self._names, seen, strict=True) if found]
         own = [self._sized(name, sizes).to(device) for name in names]
-        process, processes = strategy.global_rank, strategy.world_size
+        process, processes = trainer.global_rank, trainer.world_size
         count = torch.tensor([float(broken)], dtype=torch.float64, device=device)
         total = strategy.reduce(torch.cat([count, *(m.packed(process, processes) for m in own)]), reduce_op="sum")
         all_broken, total = int(total[0]) if any_broken else 0, total[1:]

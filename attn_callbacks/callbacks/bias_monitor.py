@@ -97,7 +97,7 @@ class BiasMonitor(ValidationObserver):
         tokenizer: Any = None,
     ) -> None:
         super().__init__(schema, dataloader=dataloader)
-        self.feedback = feedback if feedback == "automatic" else _feedback_list(feedback)
+        self.feedback = "automatic" if feedback == "automatic" else _feedback_list(feedback)
         self.classes, self.groups = name_list("classes", classes), name_list("groups", groups)
         self.layers = None if layers is None else name_list("layers", layers)
         self.rows = at_least("rows", rows, 1)
@@ -109,7 +109,7 @@ class BiasMonitor(ValidationObserver):
         self.report: BiasReport | None = None
         self._recorder: QuietRecorder | None = None
         self._sensor = self._new_sensor()
-        self._loop = self._new_loop(() if self.feedback == "automatic" else self.feedback)
+        self._loop = self._new_loop(() if isinstance(self.feedback, str) else self.feedback)
 
     @property
     def state_key(self) -> str:

@@ -22,10 +22,10 @@ class GroupReweighting(TableFeedback):
     r"""Give the groups that fare worst a larger share in the loss: group DRO, steered by validation.
 
     A group is here a class within a group, or with ``by="group"`` the whole of it. It waits for the first finding of
-    group bias. Then every group gets an even share :math:`q_g` of the loss, and after
-    each validation :math:`q_g \leftarrow q_g\, e^{\eta\, \ell_g}`, normalised, with the averaged validation loss
-    :math:`\ell_g` of the group. Samples of a group weigh :math:`q_g / \pi_g`, where :math:`\pi_g` is the share of the
-    group in what training is fed (without that count, in validation), so that :math:`\sum_g \pi_g w_g = 1` and the loss
+    group bias. Then every group gets an even share :math:`q_g` of the loss, and after each validation
+    :math:`q_g \leftarrow q_g\, e^{\eta\, \ell_g}`, normalised, with the averaged validation loss :math:`\ell_g` of the
+    group (without that, its share of errors). Samples of a group weigh :math:`q_g / \pi_g`, where :math:`\pi_g` is its
+    share in what training is fed (without that count, in validation), so that :math:`\sum_g \pi_g w_g = 1` and the loss
     keeps its scale. Groups that validation lacks, or has few samples of, keep their :math:`q_g` exactly.
 
     The weights are written in place into the buffer ``class_weight`` of the loss, one row a group, such as that of

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials that are wanted and print the table."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(1)
-    for name in ("pytorch_lightning", "lightning", "lightning_fabric"):
+    for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     methods = [find_method(name) for name in options.methods.split(",")]
     works = [work for name in options.work.split(",") if (work := _present(name)) is not None]
