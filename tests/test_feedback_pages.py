@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ HOMES = (losses, attn_callbacks, feedback)  # a name that two of them have is, b
 SECTIONS = ("Use it", "When to use", "What it needs", "Suggested settings", "Cost", "Resume", "Attribution")
 QUIET = {
     **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-    **{"max_epochs": 2, "accelerator": "cpu", "num_sanity_val_steps": 0},
+    "max_epochs": 2,
+    "accelerator": "cpu",
+    "num_sanity_val_steps": 0,
 }
 
 every_page = pytest.mark.parametrize("name", PAGES)
@@ -115,9 +118,13 @@ def prelude() -> dict[str, Any]:
     columns[:, 0] += 3 * labels
     table = TensorDataset(columns, labels)
     return {
-        **{"Classifier": Classifier, "TableClassifier": TableClassifier, "train": train},
-        **{"train_loader": DataLoader(train, 32), "val_loader": DataLoader(validation, 32)},
-        **{"table_loader": DataLoader(table, 32), "table_val_loader": DataLoader(table, 32)},
+        "Classifier": Classifier,
+        "TableClassifier": TableClassifier,
+        "train": train,
+        "train_loader": DataLoader(train, 32),
+        "val_loader": DataLoader(validation, 32),
+        "table_loader": DataLoader(table, 32),
+        "table_val_loader": DataLoader(table, 32),
     }
 
 
@@ -172,14 +179,18 @@ def calls(page: str) -> Iterator[tuple[str, str, ast.Call]]:
         home, name = match.group(1) or "", match.group(2)
         if name not in known(page):
             continue
-        rest, depth = page[match.start(2) :], 0
-        for end, letter in enumerate(rest):
-            depth += (letter == "(") - (letter == ")")
-            if letter == ")" and depth == 0:
-                break
-        call = ast.parse(rest[: end + 1], mode="eval").body
-        assert isinstance(call, ast.Call), rest[: end + 1]
+        call = ast.parse(_to_closing_bracket(page[match.start(2) :]), mode="eval").body
+        assert isinstance(call, ast.Call), match.group()
         yield home, name, call
+
+
+def _to_closing_bracket(text: str) -> str:
+    depth = accumulate((letter == "(") - (letter == ")") for letter in text)
+    return text[
+        : next(
+            end for end, (level, letter) in enumerate(zip(depth, text, strict=True), 1) if letter == ")" and not level
+        )
+    ]
 
 
 @every_page

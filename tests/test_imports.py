@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"functional"},
     "analysis": {"capture", "functional"},
     "bias": {"functional", "metrics"},
-    "feedback": {"bias"},
+    "feedback": {"bias", "capture", "functional"},
     "tb_plugin": {"render", "store"},
 }
 ROOMS["callbacks"] = set(ROOMS)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attn_callbacks.bias._feature_findings import reliance_findings
 from attn_callbacks.bias._judge import ANSWERS, amount, beyond_chance
 from attn_callbacks.bias.corrections import normal_p
 from attn_callbacks.bias.finding import Finding
@@ -68,10 +69,10 @@ def _reliance(report: BiasReport, name: str) -> str:
     reliance = report.reliance.get(name)
     if reliance is None or reliance.support < report.min_support:
         return "Whether predictions rely on them was not measured: mass is not reliance."
-    cost = amount(reliance.drop, reliance.interval)
-    if reliance.interval[0] > 0:
-        return f"Predictions do rely on them: without what they hold, accuracy falls by {cost}."
-    return f"Predictions were not seen to rely on them: without what they hold, accuracy falls by {cost}."
+    changed = f"without what they hold, the outcome of {amount(reliance.changed, reliance.changed_interval)} changes."
+    if any(finding.where == name for finding in reliance_findings(report)):
+        return f"Predictions do rely on them: {changed}"
+    return f"Predictions were not seen to rely on them: {changed}"
 
 
 def _outcomes(share: AttentionShare, label: int, minimum: int) -> Iterator[str]:

@@ -50,8 +50,8 @@ def reliance_findings(report: BiasReport) -> Iterator[Finding]:
         name, reliance = sets[place]
         text = (
             f"Predictions rely on {name} tokens: without what they hold ({reliance.method}) the outcome of "
-            f"{amount(reliance.changed, reliance.changed_interval)} of {reliance.support} samples changes, and accuracy "
-            f"goes from {reliance.before:.2f} to {reliance.after:.2f}."
+            f"{amount(reliance.changed, reliance.changed_interval)} of {reliance.support} samples changes, and "
+            f"accuracy goes from {reliance.before:.2f} to {reliance.after:.2f}."
         )
         yield Finding(
             "feature",

@@ -97,7 +97,7 @@ class Reliance:
 
     @property
     def changed_p_value(self) -> float:
-        """Probability that as many outcomes change where one in ten does: as many as change by touching inputs at all."""
+        """Probability that as many outcomes change where one in ten does, as by touching inputs at all."""
         changed = int(self._all[1, 0] + self._all[0, 1])
         return _at_least(changed, self.support, _TOUCHED) if self.support else math.nan
 

@@ -69,11 +69,14 @@ class BiasLoop:
                 "`training_step` instead."
             )
         if len(self._samples) > 1:
-            raise MisconfigurationException("Two feedbacks steer one sampler and would undo each other: keep one `Resampling`.")
+            raise MisconfigurationException(
+                "Two feedbacks steer one sampler and would undo each other: keep one `Resampling`."
+            )
         for feedback in self.feedback:
+            feedback.reinstate()
+            feedback.hold(self._dry_run)  # first: a module that is only looked at stays as it is
             with misconfigured():
                 feedback.bind(module)
-            feedback.hold(self._dry_run)
         self._module = weakref.ref(module)
         taking_part = [feedback for feedback in self.feedback if isinstance(feedback, StepFeedback)]
         self._steps = None
@@ -173,7 +176,9 @@ class BiasLoop:
         """Continue where a checkpoint left off."""
         states = state.get("feedback", ())
         if len(states) != len(self.feedback):
-            rank_zero_warn(f"`BiasMonitor` has {len(self.feedback)} feedback, the checkpoint the state of {len(states)}.")
+            rank_zero_warn(
+                f"`BiasMonitor` has {len(self.feedback)} feedback, the checkpoint the state of {len(states)}."
+            )
         for feedback, own in zip(self.feedback, states, strict=False):
             feedback.load_state_dict(own)
         ledger = state.get("ledger", {})

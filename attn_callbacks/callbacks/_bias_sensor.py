@@ -1,4 +1,4 @@
-"""What BiasMonitor measures: predictions, attention on token sets, reliance on them, and what goes along with errors."""
+"""What BiasMonitor measures: predictions, attention on token sets, reliance on them, and what goes with errors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class BiasSensor:
         step = self._step
         with ExitStack() as stack:
             if step.sets or step.probed:
-                recorder.required = bool(step.sets)  # many models have none, and marked no tokens either
+                recorder.required = bool(step.sets.keys() & {"relevance", "spurious"})  # many models have none
                 stack.enter_context(recorder.watch())
             if not self._has_logits:
                 stack.enter_context(forward_outputs(recorder.model, step.outputs))

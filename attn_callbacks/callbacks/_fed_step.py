@@ -125,8 +125,8 @@ class FedStep:
         if logits is None or logits.shape != self.logits.shape:
             came = "none" if logits is None else f"{tuple(logits.shape)}"
             raise ValueError(
-                f"What the `inputs` of the batch are handed to must return logits {tuple(self.logits.shape)}, got {came}. "
-                "Let `forward`, or one network directly below the module, lead from inputs to logits."
+                f"What gets the `inputs` of the batch must return logits {tuple(self.logits.shape)}, got {came}."
+                " Let `forward`, or one network directly below the module, lead from inputs to logits."
             )
         return logits
 

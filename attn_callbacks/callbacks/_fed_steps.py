@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attn_callbacks._lightning import MisconfigurationException
+from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._fed_step import FedStep, step_seed
 from attn_callbacks.callbacks._forward import ForwardCall
@@ -51,8 +51,9 @@ class FedSteps:
         self._active: list[StepFeedback] = []
         self._step: FedStep | None = None  # the present one: it holds the graph
         self._recorders: dict[tuple[str, ...] | None, AttentionRecorder] = {}
+        self._changed: set[int] = set()  # feedback that changed the inputs of the present step
         self._sums: dict[int, Tensor] = {}
-        self._steps: dict[int, list[int]] = {}  # by feedback: steps with a term, steps in which it was active
+        self._steps: dict[int, list[int]] = {}  # by feedback: steps with a term, with other inputs, and all
 
     def means(self, strategy: Strategy) -> dict[str, float]:
         """Return the mean term of each feedback since the last call, over all processes; each of them must call it.
@@ -63,23 +64,23 @@ class FedSteps:
             MisconfigurationException: If a feedback was active and had nothing to look at in any step.
         """
         names = feedback_names(self._feedback)
-        own = torch.zeros(len(names), 3, dtype=torch.float64)
+        own = torch.zeros(len(names), 4, dtype=torch.float64)
         for number in range(len(names)):
-            with_term, steps = self._steps.get(number, (0, 0))
-            own[number] = torch.tensor([float(self._sums.get(number, 0.0)), with_term, steps])
+            own[number] = torch.tensor([float(self._sums.get(number, 0.0)), *self._steps.get(number, (0, 0, 0))])
         self._sums, self._steps = {}, {}
         dtype = torch.float32 if strategy.root_device.type == "mps" else torch.float64
         totals = strategy.reduce(own.to(strategy.root_device, dtype), reduce_op="sum").tolist()
         found = {}
-        for name, feedback, (total, with_term, steps) in zip(names, self._feedback, totals, strict=True):
-            if steps and not with_term and feedback.sees:
-                raise MisconfigurationException(_idle(feedback, int(steps)))
+        for name, feedback, (total, with_term, changed, steps) in zip(names, self._feedback, totals, strict=True):
+            if steps and not with_term + changed and (feedback.sees or _changes(feedback)):
+                self._tell_idle(feedback, int(steps))
             if with_term:
                 found[name] = total / with_term
         return found
 
     def _change(self, batch: Any) -> Any:
         self._step = None
+        self._changed.clear()
         self._active = [feedback for feedback in self._feedback if feedback.active]
         if not self._active:
             return batch
@@ -92,13 +93,14 @@ class FedSteps:
 
     def _change_inputs(self, step: FedStep) -> None:
         traced = any("inputs" in feedback.sees for feedback in self._active)
-        changing = [f for f in self._active if type(f).change_inputs is not StepFeedback.change_inputs]
+        changing = [feedback for feedback in self._active if _changes(feedback)]
         if not traced and not changing:
             return
         inputs = step.read_inputs()
         for feedback in changing:
             other = feedback.change_inputs(inputs, step)
             if other is not None:
+                self._changed.add(id(feedback))
                 step.put_inputs(inputs, other)
                 inputs = other
         if traced and inputs.is_floating_point():
@@ -140,16 +142,28 @@ class FedSteps:
             step.recorder = recorders.get(feedback.layers) if "attention" in feedback.sees else None
             with _told(), _second_order(feedback):
                 extra = feedback.term(step)
-            self._count(number, extra)
+            self._count(number, extra, changed=id(feedback) in self._changed)
             if extra is not None:
                 total = extra if total is None else total + extra
         return total
 
-    def _count(self, number: int, extra: Tensor | None) -> None:
-        counts = self._steps.setdefault(number, [0, 0])
-        counts[1] += 1
+    def _tell_idle(self, feedback: StepFeedback, steps: int) -> None:
+        """Refuse what was asked for and cannot be; what switched itself on is withdrawn instead."""
+        marks = getattr(feedback, "region", None) or "relevance` or `spurious"
+        text = (
+            f"`{type(feedback).__name__}` saw no `{marks}` in {steps} training steps, so it did nothing. Say where "
+            "training batches have them: BatchSchema(spurious=...)"
+        )
+        if getattr(feedback, "when", "always") == "always":
+            raise MisconfigurationException(f"{text}.")
+        feedback.withdraw()
+        rank_zero_warn(f"{text}. It is withdrawn.")
+
+    def _count(self, number: int, extra: Tensor | None, changed: bool) -> None:
+        counts = self._steps.setdefault(number, [0, 0, 0])
+        for place, counted in enumerate((extra is not None, changed, True)):
+            counts[place] += counted
         if extra is not None:
-            counts[0] += 1
             self._sums[number] = self._sums.get(number, 0.0) + extra.detach().float()
 
 
@@ -171,8 +185,6 @@ def _told() -> Iterator[None]:
         raise MisconfigurationException(message(error)) from error
 
 
-def _idle(feedback: StepFeedback, steps: int) -> str:
-    return (
-        f"`{type(feedback).__name__}` saw no `relevance` or `spurious` in {steps} training steps, so it did nothing. "
-        "Say where training batches have them: BatchSchema(spurious=...)."
-    )
+def _changes(feedback: StepFeedback) -> bool:
+    """It acts on inputs, whether or not it adds a term as well."""
+    return type(feedback).change_inputs is not StepFeedback.change_inputs

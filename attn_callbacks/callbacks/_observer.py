@@ -14,8 +14,8 @@ from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._arguments import ArgumentsOnly
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._loggers import can_log, run_folder
-from attn_callbacks.callbacks._validation_loader import loader_index
 from attn_callbacks.callbacks._steps import StepTap, tap_step
+from attn_callbacks.callbacks._validation_loader import loader_index
 from attn_callbacks.callbacks._writer import BackgroundWriter
 
 if TYPE_CHECKING:

@@ -143,9 +143,9 @@ class RelianceProbe:
         if not self._told:
             self._told = True
             rank_zero_warn(
-                "`BiasMonitor` cannot measure reliance: no call of the module, or of a network directly below it, leads "
-                "from the `inputs` of a validation batch to the logits. Hand them over unchanged, as in `self(inputs)`, "
-                "or say what they are: BatchSchema(inputs=...)."
+                "`BiasMonitor` cannot measure reliance: no call of the module, or of a network directly below it, "
+                "leads from the `inputs` of a validation batch to the logits. Hand them over unchanged, as in "
+                "`self(inputs)`, or say what they are: BatchSchema(inputs=...)."
             )
 
     def _logits(self, output: Any) -> Tensor | None:

@@ -36,10 +36,10 @@ class BiasMonitor(ValidationObserver):
     Without feedback an observer: training is bit-identical with and without it. **With feedback it changes training.**
 
     Counts predictions for each class and, where the schema has groups, for each group; measures how much attention
-    falls on ``relevance``, ``spurious`` and further token sets, how much accuracy is lost when a set holds what it holds
-    in other samples (reliance), and which tokens or regions are looked at where the model is wrong. From that it makes
-    a :class:`~attn_callbacks.bias.BiasReport` (:attr:`report`) with findings: class, group, feature or attention. It
-    logs ``bias/worst_class_recall``, ``bias/worst_group_accuracy``, ``bias/gap`` and ``bias/accuracy`` so that
+    falls on ``relevance``, ``spurious`` and further token sets, what changes when a set holds what it holds in
+    other samples (reliance), and which tokens or regions are looked at where the model is wrong. From that it makes
+    a :class:`~attn_callbacks.bias.BiasReport` (:attr:`report`) with findings: class, group, feature or attention.
+    It logs ``bias/worst_class_recall``, ``bias/worst_group_accuracy``, ``bias/gap`` and ``bias/accuracy`` so that
     ``ModelCheckpoint`` can monitor them, a confusion picture and a text summary, and adds a line to
     ``attention/bias.jsonl`` in the run's folder.
 
@@ -241,14 +241,13 @@ class BiasMonitor(ValidationObserver):
 
 def _feedback_list(feedback: Any) -> tuple[Feedback, ...]:
     if isinstance(feedback, str):
-        raise TypeError(f"`feedback` must be a list of feedback, or \"automatic\", got {feedback!r}.")
+        raise TypeError(f'`feedback` must be a list of feedback, or "automatic", got {feedback!r}.')
     if isinstance(feedback, Feedback):
         raise TypeError(f"`feedback` must be a list, got {feedback!r}. Pass [{feedback!r}].")
     for entry in feedback:
         if not isinstance(entry, Feedback):
             raise TypeError(
-                "`feedback` must hold feedback such as `ClassReweighting()` or `AttentionGuidance()`, "
-                f"got {entry!r}."
+                f"`feedback` must hold feedback such as `ClassReweighting()` or `AttentionGuidance()`, got {entry!r}."
             )
     return tuple(feedback)
 

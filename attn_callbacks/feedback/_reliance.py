@@ -27,7 +27,7 @@ def is_candidate(report: BiasReport, finding: Finding) -> bool:
 
 
 def lost_without(report: BiasReport, name: str) -> float | None:
-    """Return the accuracy that is lost without a set: 0 where that is within chance, ``None`` where nobody measured.
+    """Return the share of outcomes that change without a set: 0 within chance, ``None`` where nobody measured.
 
     What is within chance is the diagnosis' to say: it knows how many sets were compared.
     """

@@ -24,12 +24,14 @@ class SwitchedFeedback(BoundFeedback, StepFeedback):
         when: ``"biased"``, or ``"always"``.
 
     Raises:
-        ValueError: If ``when`` is unknown.
+        ValueError: If ``when`` is unknown, or it would wait for ever.
     """
 
     answers = frozenset({KIND})
 
     def __init__(self, region: str | None, when: str) -> None:
+        if when == "biased" and region == "relevance":
+            raise ValueError("Reliance on `relevance` is never a finding to wait for: pass when='always'.")
         self.region = region
         self.when = one_of("when", when, ("biased", "always"))
         self._on = when == "always"

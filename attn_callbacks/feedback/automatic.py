@@ -14,7 +14,7 @@ __all__ = ["automatic_feedback"]
 
 
 def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
-    """Choose feedback for a module; each waits until a report has a finding of its kind.
+    """Choose feedback for a module; what changes training steps waits for a report with a finding of its kind.
 
     - Every loss in it with a buffer ``adjustment`` (``losses.LogitAdjustedLoss``) or ``class_weight``
       (``losses.WeightedCrossEntropyLoss``) gets :class:`~attn_callbacks.feedback.ClassReweighting`: as margins where it
@@ -22,7 +22,7 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
     - :class:`~attn_callbacks.feedback.MaskRandomization` and :class:`~attn_callbacks.feedback.AttentionGuidance`, for
       batches that mark ``spurious`` or ``relevance``.
 
-    It takes no sampler and no further loss: pass a list with ``Resampling()`` or ``InputGradientPenalty(...)`` yourself.
+    For a sampler or a further loss pass a list, with ``Resampling()`` or ``InputGradientPenalty(...)`` in it.
 
     Args:
         module: The training module.

@@ -64,6 +64,10 @@ class Feedback(ABC):
         """Take it back for good; a resumed run knows."""
         self._switch(self._held, True)
 
+    def reinstate(self) -> None:
+        """Let it act again after a withdrawal, for a new run."""
+        self._switch(self._held, False)
+
     def bind(self, module: nn.Module) -> None:
         """Find in the training module what will be changed. Runs before training, and again for every new run.
 

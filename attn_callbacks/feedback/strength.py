@@ -16,6 +16,7 @@ import torch
 from attn_callbacks._checks import at_least, check_number, in_range
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.bias.rates import rate_error
+from attn_callbacks.feedback._reliance import feature_findings
 
 __all__ = [
     "Evidence",
@@ -27,7 +28,6 @@ __all__ = [
     "strength_step",
 ]
 
-DEAD_BAND = 0.02
 ERRORS = 2.0
 
 
@@ -126,8 +126,8 @@ def evidence(report: BiasReport) -> Evidence:
     """
     reliance = report.reliance.get("spurious")
     if reliance is not None and reliance.support > 0:
-        stays = reliance.drop > max(DEAD_BAND, ERRORS * reliance.error)
-        reason = f"accuracy falls by {reliance.drop:.2f} when spurious tokens are shuffled" if stays else None
+        found = feature_findings(report, ("spurious",))
+        reason = found[0].text.rstrip(".") if found else None
         pair = {"accuracy without spurious tokens": reliance.after, "accuracy with spurious tokens": reliance.before}
         return Evidence({name: _rated(value, reliance.support) for name, value in pair.items()}, reason)
     leaning = next((finding for finding in report.findings if finding.kind == "attention"), None)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import Self
 
 __all__ = ["Accumulator"]
 
@@ -80,7 +79,7 @@ class Accumulator(Metric):
             states[name] = (each.amin(dim=0) if self._extremes.get(name) == "min" else each.amax(dim=0)).to(own.dtype)
         return states
 
-    def merged(self, total: Tensor, processes: int = 1) -> Self:
+    def merged(self, total: Tensor, processes: int = 1) -> Accumulator:
         """Return a copy that holds the states of all processes, from the sum of their vectors; it never communicates.
 
         Args:

@@ -12,7 +12,7 @@ __all__ = ["VisionTransformer", "tokens_of"]
 
 
 class VisionTransformer(nn.Module):
-    """Patches, a class token that comes first, and a linear head that reads it; no dropout.
+    """Patches, a class token that comes first, and a linear head that reads it; norms come first, no dropout.
 
     Args:
         channels: Colours of a picture.
@@ -25,7 +25,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, channels: int, side: int, patch: int, width: int, layers: int, classes: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.patches = nn.Conv2d(channels, width, patch, patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, (side // patch) ** 2 + 1, width))
         self.encoder = nn.TransformerEncoder(layer, num_layers=layers, enable_nested_tensor=False)

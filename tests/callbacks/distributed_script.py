@@ -161,7 +161,7 @@ def conclusions(rank: int) -> list[dict[str, Any]]:
 def seen(module: Any, monitor: Any, statistics: Any, trainer: Any) -> dict[str, Any]:
     return {
         "report": monitor.report.to_dict(),
-        "ledger": monitor.ledger,
+        "ledger": [{**entry, "time": None} for entry in monitor.ledger],
         "weights": module.criterion.class_weight.tolist(),
         "mean": statistics.result.mean.nan_to_num(-1).tolist(),
         "error": statistics.result.standard_error.nan_to_num(-1).tolist(),

@@ -28,7 +28,8 @@ class Whole(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         batch = 48 // self.trainer.world_size
         if self.case.resampled:
-            return DataLoader(self.train, batch, sampler=DynamicDistributedSampler(self.train.labels, groups=self.train.group))
+            sampler = DynamicDistributedSampler(self.train.labels, groups=self.train.group)
+            return DataLoader(self.train, batch, sampler=sampler)
         return DataLoader(self.train, batch)
 
     def val_dataloader(self) -> Any:
@@ -53,11 +54,12 @@ def main(folder: Path, devices: int) -> None:
         trainer = quiet_trainer(folder, [monitor], max_epochs=4, **options)
         trainer.fit(module, datamodule=Whole(case))
         rank = trainer.global_rank
+        decided = [entry["decisions"] for entry in monitor.ledger]
         found[name] = {
             "weights": [value.double().flatten().tolist() for value in module.state_dict().values()],
             "state": repr(monitor.state_dict()["feedback"]),
             "fed": monitor.state_dict()["fed"].tolist(),
-            "decisions": [[(each["feedback"], each["action"]) for each in entry["decisions"]] for entry in monitor.ledger],
+            "decisions": [[(each["feedback"], each["action"]) for each in decisions] for decisions in decided],
         }
     (folder / f"feeding{rank}.json").write_text(json.dumps(found))
 

@@ -34,7 +34,13 @@ def test_tensorboard_tags(board: Any) -> None:
     assert {f"heads/{name}_mean" for name in STATISTICS} <= scalars
     assert {f"heads/entropy/{name}" for name in NAMES} <= scalars
     assert f"heads/entropy/{NAMES[0]}/head_1" in scalars
-    monitored = {"bias/accuracy", "bias/gap", "bias/worst_class_recall", "bias/worst_group_accuracy", "bias/term/AttentionGuidance"}
+    monitored = {
+        "bias/accuracy",
+        "bias/gap",
+        "bias/worst_class_recall",
+        "bias/worst_group_accuracy",
+        "bias/term/AttentionGuidance",
+    }
     assert monitored | {"bias/recall/bad", "bias/relevance_mass/good"} <= scalars
     assert tags["tensors"] == ["bias/summary/text_summary"]
 

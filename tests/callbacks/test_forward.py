@@ -33,7 +33,9 @@ def test_token_ids_become_embeddings_with_a_gradient(net: str | None) -> None:
     plain = module(batch)
     call, output = watched(module, batch, batch["input_ids"])
     assert torch.equal(output, plain)
-    assert call.seen and len(call.outputs) == 1 and call.outputs[0] is output
+    assert call.seen
+    assert len(call.outputs) == 1
+    assert call.outputs[0] is output
     (gradient,) = torch.autograd.grad(output.sum(), call.continuous, retain_graph=True)
     assert gradient.shape == (4, 10, 16)
     assert gradient.abs().sum() > 0
@@ -111,7 +113,9 @@ def test_substitution_reaches_everywhere_and_changes_nothing_in_place() -> None:
     old, new, other = torch.zeros(2), torch.ones(2), torch.full((2,), 2.0)
     batch = {"a": [old, other], "b": (other, {"c": old}), "d": 3}
     changed = substitute(batch, old, new)
-    assert changed["a"][0] is new and changed["b"][1]["c"] is new and changed["a"][1] is other
+    assert changed["a"][0] is new
+    assert changed["b"][1]["c"] is new
+    assert changed["a"][1] is other
     assert batch["a"][0] is old
     assert substitute(batch, torch.zeros(2), new) is batch  # an equal tensor is another one
 
@@ -122,7 +126,8 @@ def test_a_tokenizers_batch_keeps_its_type() -> None:
     batch = transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones(1, 2)})
     changed = substitute(batch, ids, ids + 1)
     assert isinstance(changed, transformers.BatchEncoding)
-    assert changed.input_ids.tolist() == [[2, 3]] and batch.input_ids is ids
+    assert changed.input_ids.tolist() == [[2, 3]]
+    assert batch.input_ids is ids
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(16, 16), (17, 16), (21, 16)])

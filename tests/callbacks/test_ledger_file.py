@@ -56,7 +56,8 @@ def test_decisions_have_their_finding_and_one_validation_later_their_effect(tmp_
     run(tmp_path, monitor, 2)
     first, last = (entry["decisions"][0] for entry in monitor.ledger)
     assert first["feedback"] == "Noting"
-    assert first["finding"]["kind"] == "class" and first["finding"]["where"] == "0"
+    assert first["finding"]["kind"] == "class"
+    assert first["finding"]["where"] == "0"
     assert first["finding"]["size"] == 1.0
     assert (first["old"], first["new"], first["dry_run"]) == (0.0, 1.0, False)
     assert first["effect"] == 0.0
@@ -116,7 +117,8 @@ def test_a_dry_run_trains_as_without_feedback_and_says_what_it_would_do(tmp_path
     plain, found = weights(None, tmp_path / "plain"), weights(dry, tmp_path / "dry")
     assert all(torch.equal(value, plain[name]) for name, value in found.items() if name in plain)
     decisions = [decision for entry in dry.ledger for decision in entry["decisions"]]
-    assert decisions and all(decision["dry_run"] for decision in decisions)
+    assert decisions
+    assert all(decision["dry_run"] for decision in decisions)
     assert any("ClassReweighting" in decision["feedback"] for decision in decisions)
 
 

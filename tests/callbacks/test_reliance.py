@@ -169,9 +169,7 @@ class Names:
 
 
 @pytest.mark.parametrize(("tokenizer", "name"), [(None, "token 7"), (Names(), "token 'word7'")])
-def test_a_token_that_goes_with_errors_is_found_without_annotation(
-    tokenizer: Any, name: str, tmp_path: Path
-) -> None:
+def test_a_token_that_goes_with_errors_is_found_without_annotation(tokenizer: Any, name: str, tmp_path: Path) -> None:
     report = measured(Looking(), tmp_path, Triggered(), reliance_batches=100, tokenizer=tokenizer).report
     found = [finding for finding in report.findings if finding.kind == "feature"]
     assert found
@@ -215,5 +213,3 @@ def test_an_error_in_the_measurement_keeps_the_report(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="The measurement of reliance by `BiasMonitor` is switched off.*no more"):
         report = measured(Failing(4), tmp_path).report
     assert int(report.support.sum()) == SAMPLES
-
-
