@@ -137,7 +137,7 @@ def test_feature_finding_shows_the_attention_on_the_set():
     ("measured", "sentence"),
     [
         ({}, "was not measured: mass is not reliance."),
-        ({"spurious": reliance(60, 5)}, "Predictions do rely on them: without what they hold, accuracy falls by 0.14"),
+        ({"spurious": reliance(60, 5)}, "Predictions do rely on them: without what they hold, the outcome of 0.16"),
         ({"spurious": reliance(6, 5)}, "Predictions were not seen to rely on them"),
         ({"spurious": Reliance(torch.tensor([[[0, 0], [9, 0]], [[0, 0], [0, 10]]]))}, "was not measured"),
     ],

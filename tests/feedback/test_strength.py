@@ -159,13 +159,14 @@ def test_groups_count_alike_whatever_their_size():
 
 def test_significant_reliance_asks_for_more():
     accuracies, reason = evidence(report(reliance=reliance(30)))
-    assert reason == "accuracy falls by 0.12 when spurious tokens are shuffled"
+    assert "rely on spurious tokens" in reason
+    assert "the outcome of 0.12" in reason
     without, with_them = accuracies["accuracy without spurious tokens"], accuracies["accuracy with spurious tokens"]
     assert (without[0], with_them[0]) == pytest.approx((200 / 250, 230 / 250))
     assert without[1] == pytest.approx(math.sqrt(201 / 252 * 51 / 252 / 252), rel=1e-5)
 
 
-@pytest.mark.parametrize("harmless", [reliance(0), reliance(3), reliance(30, 18), reliance(30, kept=5000)])
+@pytest.mark.parametrize("harmless", [reliance(0), reliance(3), reliance(14, 10), reliance(30, kept=5000)])
 def test_reliance_within_its_error_or_the_dead_band_does_not(harmless):
     assert evidence(report(reliance=harmless)).reason is None
 
