@@ -100,7 +100,7 @@ def loaders(seed: int = 0) -> tuple[DataLoader[dict[str, Tensor]], DataLoader[di
 def train(arm: str, seed: int) -> tuple[Result, BiasMonitor]:
     """Train once, with or without guidance, and test where the decoy says nothing."""
     pl.seed_everything(seed, verbose=False)
-    guidance = AttentionGuidance(AttentionGuidedLoss(form="log"), coefficient=1.0)
+    guidance = AttentionGuidance(AttentionGuidedLoss(form="log"), coefficient=1.0, control=False)
     monitor = BiasMonitor(feedback=[guidance] if arm == "suite" else [])
     callbacks = [AttentionHeatmaps(samples=3, every_n_epochs=5), HeadStatistics(every_n_epochs=5), monitor]
     logger = TensorBoardLogger(RUNS, name=arm, version=f"seed_{seed}")

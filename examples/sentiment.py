@@ -94,7 +94,7 @@ def train(arm: str, splits: Splits, words: frozenset[str], seed: int) -> tuple[R
     training, validation, test = (TokenisedSentences(part, model.tokenizer, words) for part in splits)
     feedback = [
         ClassReweighting(by="group", step_size=4.0, smoothing=0.5, limit=20.0),
-        AttentionGuidance(AttentionGuidedLoss(), coefficient=0.33, when="biased"),
+        AttentionGuidance(AttentionGuidedLoss(), coefficient=0.33, when="biased", control=False),
     ]
     monitor = BiasMonitor(feedback=[] if arm == "plain" else feedback, classes=CLASSES, groups=GROUPS)
     trainer = pl.Trainer(

@@ -34,7 +34,8 @@ class MaskRandomization(SwitchedFeedback):
         transform: Called as ``transform(inputs, mask, generator=generator)``, such as
             ``losses.MaskRandomization("shuffle", protected=(0, 101, 102))``, which leaves special tokens alone.
             ``None`` takes the values of another sample of the batch at the same positions; padding is neither taken nor
-            replaced.
+            replaced. Where the region is most of the inputs, such as a background, it takes them from samples in which
+            the position is in the region too, so that what decides in one sample does not get into another.
         region: ``"spurious"``, or a token set that the batch schema names.
         share: Share of the samples that are randomised, above 0. The rest keep the network used to what is really
             there.
@@ -93,7 +94,11 @@ class MaskRandomization(SwitchedFeedback):
             mask = mask & drawn.to(mask.device).reshape(-1, *[1] * (mask.dim() - 1))
         if self.transform is not None:
             return self.transform(inputs, mask, generator=step.generator)
-        return shuffle_region(inputs, mask, step.region("valid", inputs), generator=step.generator)
+        region, valid = step.region(str(self.region), inputs), step.region("valid", inputs)
+        known = torch.ones_like(mask) if valid is None else valid
+        small = 2 * (region & known).sum() < known.sum()
+        givers = known & (region | small)
+        return shuffle_region(inputs, mask & known, givers, generator=step.generator)
 
     def state_dict(self) -> dict[str, object]:
         """Return whether it is switched on, and the share."""

@@ -107,9 +107,10 @@ WORK = Work(
     groups=("1 or 7 on buildings", "1 or 7 on flower", "3 or 8 on buildings", "3 or 8 on flower"),
     build=build,
     model=model,
-    epochs=15,
+    epochs=30,
     batch_size=64,
-    learning_rate=1e-3,
+    learning_rate=2e-3,
+    cosine=True,
     donor="marked",
     packages=("mlxtend==0.25.0", "scikit-learn"),
 )

@@ -1,4 +1,4 @@
-"""Logit adjustment: train, or predict, with logits shifted by the log frequency of each class."""
+"""Logit adjustment: train, or predict, with logits shifted by the log frequency of each class, also by group."""
 
 from __future__ import annotations
 
@@ -8,32 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses._checks import (
-    accumulation_dtype,
-    check_shape,
-    check_tensor,
-    check_within,
-    class_counts_tensor,
-    in_range,
-)
+from losses._checks import accumulation_dtype, check_shape, check_tensor, check_within, class_counts_tensor, in_range
 from losses.classification._base import ClassificationLoss, shown_counts
-from losses.classification._per_sample import check_logits, classification_loss
+from losses.classification._per_sample import check_logits, classification_loss, weight_table
 from losses.classification._shifted import shifted_classification_loss
 
 __all__ = ["LogitAdjustedLoss", "adjust_logits", "log_prior", "logit_adjusted_loss"]
 
+Counts = Tensor | Sequence[float] | Sequence[Sequence[float]]
+_AXES = ("(classes,)", "(groups, classes)")
 
-def log_prior(class_counts: Tensor | Sequence[float]) -> Tensor:
+
+def log_prior(class_counts: Counts) -> Tensor:
     r"""Return :math:`\log \pi_c = \log (n_c / \sum_k n_k)`, the log of each class's share of the samples, in nats.
 
     A class without samples counts as one sample, the fewest that can be seen, or as the rarest class where counts are
-    shares below one. It changes no other class.
+    shares below one. It changes no other class. Counts by group give the shares within each group; those of a group
+    without samples are not known, and its row is zero: all classes alike.
 
     Args:
-        class_counts: Number of training samples of each class, or its share.
+        class_counts: Number of training samples of each class, or of each class in each group, or its share.
 
     Shape:
-        - class_counts, output: ``(classes,)``
+        - class_counts, output: ``(classes,)`` or ``(groups, classes)``
 
     Raises:
         ValueError: If a count is negative or not finite, or all are zero.
@@ -42,9 +39,11 @@ def log_prior(class_counts: Tensor | Sequence[float]) -> Tensor:
         >>> log_prior([90, 9, 1])
         tensor([-0.1054, -2.4079, -4.6052])
     """
-    counts = class_counts_tensor(class_counts)
-    seen = torch.where(counts > 0, counts, counts[counts > 0].min().clamp(max=1))
-    return (seen / counts.sum()).log().to(torch.get_default_dtype())
+    counts = _checked_counts(class_counts)
+    there = counts > 0
+    fewest = counts.masked_fill(~there, torch.inf).amin(dim=-1, keepdim=True).clamp(max=1)
+    logs = (torch.where(there, counts, fewest) / counts.sum(dim=-1, keepdim=True)).log()
+    return logs.where(there.any(dim=-1, keepdim=True), 0.0).to(torch.get_default_dtype())
 
 
 def adjust_logits(logits: Tensor, class_counts: Tensor | Sequence[float], tau: float = 1.0) -> Tensor:
@@ -88,7 +87,7 @@ def logit_adjusted_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""Compute cross entropy of logits to which a constant is added for each class.
+    r"""Compute cross entropy of logits to which a constant is added for each class, or each class of a group.
 
     .. math::
         \ell_n = -\log \operatorname{softmax}(z_n + a)_{y_n}, \qquad a_c = \tau \log \pi_c
@@ -99,13 +98,18 @@ def logit_adjusted_loss(
     frequency after a sampler. It costs what cross entropy costs; class probabilities and label smoothing cost one more
     pass over the logits.
 
+    With one row a group, such as the source of a text, the shift is that of the sample's group:
+    :math:`a_{g, c} = \tau \log p(c \mid g)`. The model then has to beat what the group alone tells of the class, and
+    learns the less to tell classes by groups; prediction needs no group. It reads the table once a sample.
+
     Args:
         logits: Unnormalised scores.
         target: Class indices, or class probabilities in the shape of ``logits``.
-        adjustment: What to add to the logits of each class, such as ``tau * log_prior(class_counts)``; in nats.
+        adjustment: What to add to the logits of each class, or of each class in each group, such as ``tau *
+            log_prior(class_counts)``; in nats.
         class_weight: Weight of each class, or of each class in each group; ``None`` means one.
         sample_weight: Weight of each sample, or of each sample and position; ``None`` means one.
-        group: Group index of each sample, for a ``class_weight`` with one row per group.
+        group: Group index of each sample, for an ``adjustment`` or a ``class_weight`` with one row per group.
         reduction: ``"mean"`` over what is not ignored, ``"sum"`` or ``"none"``.
         ignore_index: Class index that contributes neither loss nor count.
         label_smoothing: Share of the target that is spread evenly over all classes, from 0 to 1.
@@ -113,16 +117,16 @@ def logit_adjusted_loss(
     Shape:
         - logits: ``(samples, classes)`` or ``(samples, classes, positions...)``
         - target: ``(samples, positions...)`` integer, or the shape of ``logits`` floating
-        - adjustment: ``(classes,)``
+        - adjustment: ``(classes,)`` or ``(groups, classes)``
         - class_weight: ``(classes,)`` or ``(groups, classes)``
         - sample_weight: ``(samples,)`` or ``(samples, positions...)``
         - group: ``(samples,)`` integer
         - output: scalar, or ``(samples, positions...)`` for ``reduction="none"``; in nats
 
     Raises:
-        ValueError: If a shape does not fit, an argument is out of its range, ``class_weight`` has rows for groups but
-            ``group`` is missing, or (checked on the CPU only) an adjustment is not finite, or a class or group index is
-            out of range.
+        ValueError: If a shape does not fit, an argument is out of its range, ``adjustment`` or ``class_weight`` has
+            rows for groups but ``group`` is missing, or (checked on the CPU only) an adjustment is not finite, or a
+            class or group index is out of range.
         TypeError: If ``target`` or ``group`` has the wrong dtype.
 
     Example:
@@ -139,9 +143,7 @@ def logit_adjusted_loss(
         Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021.
         Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020: ``tau=1``.
     """
-    shift = _per_class(adjustment, logits, "adjustment")
-    largest = torch.finfo(shift.dtype).max
-    check_within("adjustment", shift.detach(), -largest, largest, advice="`log_prior` is finite for every class.")
+    shift = _shift(adjustment, logits, group)
     common: dict[str, Any] = {
         "class_weight": class_weight,
         "sample_weight": sample_weight,
@@ -160,16 +162,17 @@ class LogitAdjustedLoss(ClassificationLoss):
 
     The shift lives in the buffer ``adjustment``, which :meth:`set_adjustment` changes in place, as
     :meth:`~ClassificationLoss.set_class_weight` does the buffer ``class_weight`` (ones); the state dict keeps both.
+    Counts by group make one row a group: the loss then needs ``group=``. Class weights stay by class.
 
     Args:
-        class_counts: Number of training samples of each class, or its share.
+        class_counts: Number of training samples of each class, or of each class in each group, or its share.
         tau: Strength, at least 0; 0 is cross entropy.
         label_smoothing: Share of the target that is spread evenly over all classes, from 0 to 1.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: Class index that contributes neither loss nor count.
 
     Shape:
-        - class_counts: ``(classes,)``
+        - class_counts: ``(classes,)`` or ``(groups, classes)``
         - forward: as :func:`logit_adjusted_loss`
 
     Raises:
@@ -189,35 +192,36 @@ class LogitAdjustedLoss(ClassificationLoss):
 
     def __init__(
         self,
-        class_counts: Tensor | Sequence[float],
+        class_counts: Counts,
         tau: float = 1.0,
         *,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        counts = class_counts_tensor(class_counts)
-        super().__init__(len(counts), reduction=reduction, ignore_index=ignore_index)
-        self.class_counts: list[float] = counts.tolist()
+        counts = _checked_counts(class_counts)
+        super().__init__(counts.shape[-1], reduction=reduction, ignore_index=ignore_index)
+        self.class_counts: list[Any] = counts.tolist()
         self.tau = in_range("tau", tau, 0)
         self.label_smoothing = in_range("label_smoothing", label_smoothing, 0, 1)
         self.register_buffer("adjustment", tau * log_prior(counts))
 
     @torch.no_grad()
-    def set_adjustment(self, values: Tensor | Sequence[float]) -> None:
+    def set_adjustment(self, values: Counts) -> None:
         """Replace what is added to the logits, in place, after checking it.
 
         Args:
-            values: New shift of each class, in nats. A controller of margins sets :func:`log_prior` minus log weights.
+            values: New shift of each class, or of each class in each group, in nats. A controller of margins sets
+                :func:`log_prior` minus log weights.
 
         Shape:
-            - values: ``(classes,)``
+            - values: that of the ``class_counts`` it was built with
 
         Raises:
             ValueError: If the shape does not fit, or a value is not finite.
         """
         new = torch.as_tensor(values, dtype=self.adjustment.dtype, device=self.adjustment.device)
-        check_shape("values", new, self.adjustment.shape, "(classes,)")
+        check_shape("values", new, self.adjustment.shape, _AXES[self.adjustment.dim() - 1])
         bad = ~torch.isfinite(new)
         if bool(bad.any()):
             raise ValueError(f"`values` must be finite, got {new[bad][0].item()}.")
@@ -229,7 +233,46 @@ class LogitAdjustedLoss(ClassificationLoss):
         )
 
     def _settings(self) -> list[str]:
-        return [shown_counts(self.class_counts), f"tau={self.tau}, label_smoothing={self.label_smoothing}"]
+        counts = _shown_table(self.class_counts) if self.adjustment.dim() == 2 else shown_counts(self.class_counts)
+        return [counts, f"tau={self.tau}, label_smoothing={self.label_smoothing}"]
+
+
+def _checked_counts(class_counts: Counts) -> Tensor:
+    """Return the counts as float64 in their shape, after checking them."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.dim() != 2:
+        return class_counts_tensor(counts)
+    return class_counts_tensor(counts.flatten()).reshape(counts.shape)
+
+
+def _shown_table(rows: Sequence[Sequence[float]]) -> str:
+    shown = [shown_counts(row) for row in rows]
+    return f"[{', '.join(shown if len(shown) <= 8 else [*shown[:7], '...'])}]"
+
+
+def _shift(adjustment: Tensor, logits: Tensor, group: Tensor | None) -> Tensor:
+    """Return what is added to ``logits``, in a shape that does, in the dtype to compute in, after checking it."""
+    by_group = isinstance(adjustment, Tensor) and adjustment.dim() == 2
+    shift = adjustment if by_group else _per_class(adjustment, logits, "adjustment")
+    largest = torch.finfo(shift.dtype).max
+    check_within("adjustment", shift.detach(), -largest, largest, advice="`log_prior` is finite for every class.")
+    return _of_group(shift, logits, group) if by_group else shift
+
+
+def _of_group(table: Tensor, logits: Tensor, group: Tensor | None) -> Tensor:
+    """Return the row of each sample's group as ``(samples, classes, 1...)``."""
+    check_logits(logits)
+    samples, classes = logits.shape[:2]
+    check_shape("adjustment", table, (len(table), classes), "(groups, classes)")
+    if group is None:
+        raise ValueError(
+            f"`adjustment` has one row for each of {len(table)} groups, but `group` is missing: pass `group=`, one "
+            "group index per sample."
+        )
+    weight_table(None, group, samples, classes)  # checks `group`
+    check_within("group", group, 0, len(table) - 1, advice="Groups are counted from 0.")
+    rows = table.to(accumulation_dtype(logits)).index_select(0, group.long())  # indexing would let -1 wrap on a GPU
+    return rows.reshape(*rows.shape, *[1] * (logits.dim() - 2))
 
 
 def _per_class(values: Tensor, logits: Tensor, name: str) -> Tensor:

@@ -34,7 +34,7 @@ def by_loop(values, mask, valid, order):
     result, rows = values.copy(), len(values)
     for place, sample in enumerate(order):
         for column in np.ndindex(mask.shape[1:]):
-            if not mask[(sample, *column)] or not valid[(sample, *column)]:
+            if not mask[(sample, *column)]:
                 continue
             for ahead in range(1, rows + 1):
                 other = order[(place + ahead) % rows]
@@ -74,7 +74,7 @@ def test_equal_to_a_walk_sample_by_sample(seed, features):
 @pytest.mark.parametrize("seed", range(4))
 def test_padding_neither_leaks_in_nor_is_replaced(seed):
     tokens = TOKENS * VALID
-    mixed = shuffle_region(tokens, torch.ones(6, 4, dtype=torch.bool), VALID, generator=generator(seed))
+    mixed = shuffle_region(tokens, VALID, VALID, generator=generator(seed))
     assert torch.equal(mixed == 0, tokens == 0)
     rows, columns = donors_of(mixed)
     assert torch.equal(columns[VALID], torch.arange(4).expand(6, 4)[VALID])
@@ -84,7 +84,7 @@ def test_padding_neither_leaks_in_nor_is_replaced(seed):
 def test_nobody_else_has_a_token_there():
     valid = torch.tensor([[True, True], [True, False], [True, False]])
     tokens = torch.tensor([[1, 2], [3, 0], [5, 0]])
-    mixed = shuffle_region(tokens, torch.ones(3, 2, dtype=torch.bool), valid, generator=generator())
+    mixed = shuffle_region(tokens, valid, valid, generator=generator())
     assert mixed[0, 1] == 2
     assert mixed[1:, 1].tolist() == [0, 0]
 
@@ -237,3 +237,19 @@ def test_another_module_starts_anew():
 def test_wrong_arguments_are_refused(error, arguments, message):
     with pytest.raises(error, match=message):
         MaskRandomization(**arguments)
+
+
+def test_a_region_that_is_most_of_the_inputs_takes_from_regions_alone():
+    inputs = torch.arange(1.0, 49.0).reshape(6, 8)[:, None, None].expand(6, 1, 1, 8).clone()
+    background = torch.rand(6, 8, generator=generator(1)) < 0.8
+    step = FakeStep(inputs=inputs, spurious=background)
+    step.region = lambda name, _: background[:, None] if name == "spurious" else None
+    mixed = MaskRandomization(when="always").change_inputs(inputs, step)[:, 0, 0]
+    rows, columns = ((mixed - 1) // 8).long(), ((mixed - 1) % 8).long()
+    assert torch.equal(columns, torch.arange(8).expand(6, 8))
+    assert background[rows, columns][background].all()  # nothing of what decides elsewhere
+    small = torch.zeros_like(background)
+    small[:3, 3] = True
+    step.region = lambda name, _: small[:, None] if name == "spurious" else None
+    mixed = MaskRandomization(when="always").change_inputs(inputs, step)[:, 0, 0]
+    assert not small[((mixed - 1) // 8).long(), ((mixed - 1) % 8).long()][small].all()
