@@ -15,7 +15,15 @@ from attn_callbacks.callbacks._fed_steps import FedSteps
 from attn_callbacks.callbacks._guard import message
 from attn_callbacks.callbacks._steps import tap_step
 from attn_callbacks.callbacks._training_loader import restart_loader, training_sampler
-from attn_callbacks.feedback import Action, DynamicDistributedSampler, Feedback, StepFeedback, double_correction
+from attn_callbacks.feedback import (
+    Action,
+    ClassReweighting,
+    DynamicDistributedSampler,
+    Feedback,
+    Resampling,
+    StepFeedback,
+    double_correction,
+)
 from attn_callbacks.feedback.ledger import Ledger, feedback_names
 
 if TYPE_CHECKING:
@@ -32,10 +40,18 @@ class BiasLoop:
         schema: Where a batch has what.
         patience: Validations after which feedback that has not helped is withdrawn; ``None``: never.
         dry_run: Decide everything and do nothing.
+        automatic: Choose among the feedback once the sampler is known.
     """
 
-    def __init__(self, feedback: Sequence[Feedback], schema: BatchSchema, patience: int | None, dry_run: bool) -> None:
-        self.feedback, self.ledger = tuple(feedback), Ledger(patience)
+    def __init__(
+        self,
+        feedback: Sequence[Feedback],
+        schema: BatchSchema,
+        patience: int | None,
+        dry_run: bool,
+        automatic: bool = False,
+    ) -> None:
+        self.feedback, self.ledger, self._automatic = tuple(feedback), Ledger(patience), automatic
         self._schema, self._patience, self._dry_run = schema, patience, dry_run
         self._names = feedback_names(self.feedback)
         self._steps: FedSteps | None = None
@@ -48,8 +64,18 @@ class BiasLoop:
 
     @property
     def _samples(self) -> list[Feedback]:
-        """Feedback that steers the sampler."""
-        return [each for each in self.feedback if type(each).bind_sampler is not Feedback.bind_sampler]
+        """Feedback that steers the sampler, unless it was withdrawn."""
+        found = [each for each in self.feedback if type(each).bind_sampler is not Feedback.bind_sampler]
+        return [each for each in found if not each.withdrawn]
+
+    def _choose(self, trainer: Trainer) -> None:
+        """Correct groups once: by the sampler, where the data has one that can, else by the weights of the loss."""
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        samples = isinstance(sampler, DynamicDistributedSampler) and sampler.has_groups
+        for feedback in self.feedback:
+            by_group = "group" in feedback.answers and isinstance(feedback, (ClassReweighting, Resampling))
+            if by_group and isinstance(feedback, Resampling) != samples:
+                feedback.withdraw()
 
     def start(self, trainer: Trainer, module: LightningModule, seed: int) -> list[Callable[[], None]]:
         """Bind the feedback for a new run, and return what ends its part in training steps.
@@ -98,8 +124,10 @@ class BiasLoop:
         if not self._samples:
             return
         with misconfigured():
+            if self._automatic:
+                self._choose(trainer)
             self._sampler = training_sampler(trainer)
-            for feedback in self.feedback:
+            for feedback in self._samples:
                 feedback.bind_sampler(self._sampler)
         if self._is_first_epoch:
             restart_loader(trainer)

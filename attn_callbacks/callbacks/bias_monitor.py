@@ -173,7 +173,8 @@ class BiasMonitor(ValidationObserver):
         )
 
     def _new_loop(self, feedback: Sequence[Feedback]) -> BiasLoop:
-        return BiasLoop(feedback, self.schema, self.patience, self.dry_run)
+        automatic = self.feedback == "automatic"
+        return BiasLoop(feedback, self.schema, self.patience, self.dry_run, automatic)
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._fitting:

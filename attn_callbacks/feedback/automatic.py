@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from attn_callbacks.feedback.attention_guidance import AttentionGuidance
 from attn_callbacks.feedback.base import Feedback
 from attn_callbacks.feedback.class_reweighting import ClassReweighting
 from attn_callbacks.feedback.criterion import BUFFER, SHIFT
 from attn_callbacks.feedback.mask_randomization import MaskRandomization
+from attn_callbacks.feedback.resampling import Resampling
 
 __all__ = ["automatic_feedback"]
+
+_GENTLE = 0.1
+"""Strength that attention guidance begins with beside counter-examples; it rises while reliance stays."""
 
 
 def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
@@ -18,11 +22,14 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
 
     - Every loss in it with a buffer ``adjustment`` (``losses.LogitAdjustedLoss``) or ``class_weight``
       (``losses.WeightedCrossEntropyLoss``) gets :class:`~attn_callbacks.feedback.ClassReweighting`: as margins where it
-      can, by group where the weights have groups.
+      can, by group where the shifts, or else the weights, have groups.
     - :class:`~attn_callbacks.feedback.MaskRandomization` and :class:`~attn_callbacks.feedback.AttentionGuidance`, for
       batches that mark ``spurious`` or ``relevance``.
 
-    For a sampler or a further loss pass a list, with ``Resampling()`` or ``InputGradientPenalty(...)`` in it.
+    - :class:`~attn_callbacks.feedback.Resampling` by group, for training data with a ``DynamicDistributedSampler`` that
+      knows groups: the monitor then leaves the weights of groups alone, and without such a sampler it leaves this out.
+
+    For a further loss pass a list, with ``InputGradientPenalty(...)`` in it.
 
     Args:
         module: The training module.
@@ -32,13 +39,17 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
         >>> module = nn.Module()
         >>> module.criterion = LogitAdjustedLoss([90, 10])
         >>> [type(feedback).__name__ for feedback in automatic_feedback(module)]
-        ['ClassReweighting', 'MaskRandomization', 'AttentionGuidance']
+        ['ClassReweighting', 'Resampling', 'MaskRandomization', 'AttentionGuidance']
     """
     found: list[Feedback] = []
     for path, part in module.named_modules():
         buffers = dict(part.named_buffers(recurse=False))
         if path and SHIFT in buffers:
-            found.append(ClassReweighting(path, act="margin"))
+            found.append(ClassReweighting(path, _by(buffers[SHIFT]), act="margin"))
         elif path and BUFFER in buffers:
-            found.append(ClassReweighting(path, by="group" if buffers[BUFFER].dim() == 2 else "class"))
-    return (*found, MaskRandomization(when="biased"), AttentionGuidance(when="biased"))
+            found.append(ClassReweighting(path, _by(buffers[BUFFER])))
+    return (*found, Resampling("group"), MaskRandomization(when="biased"), AttentionGuidance(coefficient=_GENTLE, when="biased"))
+
+
+def _by(table: Tensor) -> str:
+    return "group" if table.dim() == 2 else "class"

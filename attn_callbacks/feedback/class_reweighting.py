@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, in_range, one_of
 from attn_callbacks.bias import BiasReport
+from attn_callbacks.feedback._f1 import F1Rates, f1_rates
 from attn_callbacks.feedback._table import TableFeedback
 from attn_callbacks.feedback._table_cells import Cells, changes, read_cells
 from attn_callbacks.feedback.action import Action
-from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
-from attn_callbacks.feedback.criterion import check_table
-from attn_callbacks.feedback.weight_policies import difficulty_weights, effective_number_weights
+from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step, f1_step
+from attn_callbacks.feedback.criterion import BUFFER, SHIFT, check_table, holds_table
+from attn_callbacks.feedback.weight_policies import centre_rows, difficulty_weights, effective_number_weights
 
 __all__ = ["ClassReweighting"]
 
-_POLICIES = ("recall", "difficulty", "effective_number", "deferred")
+_POLICIES = ("recall", "f1", "difficulty", "effective_number", "deferred")
 
 
 class ClassReweighting(TableFeedback):
@@ -30,6 +31,9 @@ class ClassReweighting(TableFeedback):
 
     - ``"recall"``: one step of a controller with averaged recalls, a dead band, bounds, and a normalisation that keeps
       the scale of the loss (:func:`attn_callbacks.feedback.controller.control_step`). It starts from what the loss has.
+    - ``"f1"``: the same controller on F1 scores, for macro-F1, where equal recalls cost too much precision: the classes
+      whose F1 is below the mean get more say while predicted too rarely, less while predicted too often
+      (:func:`attn_callbacks.feedback.controller.f1_step`). F1 is that of the classes' shares in what training is fed.
     - ``"difficulty"``: ``(1 - recall) ** tau`` of the averaged recalls, as in class-wise difficulty-balanced loss.
     - ``"effective_number"``: inverse effective number of the samples that training was fed in an epoch.
     - ``"deferred"``: the same, but only after ``warm_up`` reports: deferred reweighting.
@@ -37,6 +41,8 @@ class ClassReweighting(TableFeedback):
     They act as **weight** in the buffer ``class_weight``, such as that of ``losses.WeightedCrossEntropyLoss``, or as
     **margin** in the buffer ``adjustment`` of ``losses.LogitAdjustedLoss``: training sees ``logits + adjustment - log
     w``, prediction the plain logits. Prefer margins: weights lose their effect once training accuracy reaches 1.
+    Margins by group follow the recall of each class in each group against the mean of all, but act only within a group,
+    through the differences between its classes: they cannot help a group against another one.
     Policies from counts on top of a loss that holds the log prior correct the same imbalance twice: give that loss
     ``tau=0``.
 
@@ -46,9 +52,10 @@ class ClassReweighting(TableFeedback):
     Args:
         criterion: Dotted path of the loss in the LightningModule.
         by: ``"class"`` for one weight a class, ``"group"`` for one a class and group; the latter needs groups in the
-            batch schema and a training step that passes ``group=`` to the loss, and acts as weight only.
-        act: ``"weight"``, ``"margin"``, or ``"auto"``: as margin where the loss has an ``adjustment``.
-        policy: ``"recall"``, ``"difficulty"``, ``"effective_number"`` or ``"deferred"``.
+            batch schema, a table with one row a group, and a training step that passes ``group=`` to the loss.
+        act: ``"weight"``, ``"margin"``, or ``"auto"``: as margin where the loss has an ``adjustment``; by group as
+            weight, if it is only the weights that have a row a group.
+        policy: ``"recall"``, ``"f1"`` (by class only), ``"difficulty"``, ``"effective_number"`` or ``"deferred"``.
         step_size: Change of the log weight per validation for each unit of recall missing. Over dozens of validations
             0.5 to 8 act much alike; over fewer than ten, less is slow and more overshoots.
         smoothing: Share of the old average recall in the new one, from 0 to below 1.
@@ -103,11 +110,11 @@ class ClassReweighting(TableFeedback):
         tau: float = 1.0,
         beta: float = 0.9999,
     ) -> None:
-        super().__init__(criterion, act if act != "auto" or by != "group" else "weight")
+        super().__init__(criterion, act)
         self.by = one_of("by", by, ("class", "group"))
-        if by == "group" and act == "margin":
-            raise ValueError("act='margin' needs by='class': a loss shifts its logits alike for all groups.")
         self.policy = one_of("policy", policy, _POLICIES)
+        if by == "group" and policy == "f1":
+            raise ValueError("policy='f1' needs by='class': F1 is that of a class over all groups.")
         self.answers = frozenset({"class"} if by == "class" else {"class", "group"})
         self.settings = ControllerSettings(step_size, smoothing, limit, min_support, dead_band)
         self.warm_up = at_least("warm_up", warm_up, 0)
@@ -119,6 +126,7 @@ class ClassReweighting(TableFeedback):
         self.tau = in_range("tau", tau, 0, 10)
         self.beta = in_range("beta", beta, 0, 1)
         self._average: tuple[float, ...] | None = None
+        self._excess: tuple[float, ...] = ()
 
     def apply(self, report: BiasReport) -> Sequence[Action]:
         """Decide on the weights, and write them.
@@ -132,17 +140,22 @@ class ClassReweighting(TableFeedback):
         old = ControllerState(
             self._initial() if self._log_weight is None else self._log_weight,
             (math.nan,) * math.prod(shape) if self._average is None else self._average,
+            self._excess,
         )
-        new = self._decide(old, cells, act=self._updates >= self.warm_up)
+        rates = f1_rates(report.counts.sum(dim=0).tolist(), cells.prior) if self.policy == "f1" else None
+        act = self._updates >= self.warm_up
+        new = self._decide(old, cells, act) if rates is None else self._decide_by_f1(old, rates, cells, act)
         self._updates += 1
-        self._average = new.average
+        self._average, self._excess = new.average, new.excess
         before, after = self._steer(new.log_weight)
-        return changes(report, cells, self._quantity, before, after, self._notes(cells, new))
+        return changes(report, cells, self._quantity, before, after, self._notes(cells, rates, new))
 
     def state_dict(self) -> dict[str, object]:
         """Return log weights, averages, the table it started from, and the number of reports seen."""
         state = super().state_dict()
-        return state if self._average is None else {**state, "average": self._tensor(self._average)}
+        if self._average is not None:
+            state["average"] = self._tensor(self._average)
+        return {**state, "excess": self._tensor(self._excess)} if self._excess else state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take up a saved state; once bound, the weights are written at once.
@@ -151,9 +164,11 @@ class ClassReweighting(TableFeedback):
             state: What :meth:`state_dict` returned.
         """
         super().load_state_dict(state)
-        average = state.get("average")
-        if isinstance(average, Tensor):
+        average, excess = state.get("average"), state.get("excess")
+        of_f1 = isinstance(excess, Tensor)
+        if isinstance(average, Tensor) and of_f1 == (self.policy == "f1"):  # averages of recall are none of F1
             self._average = tuple(average.double().flatten().tolist())
+            self._excess = tuple(excess.double().flatten().tolist()) if isinstance(excess, Tensor) else ()
 
     def __repr__(self) -> str:
         chosen = self.settings
@@ -164,35 +179,63 @@ class ClassReweighting(TableFeedback):
             f"beta={self.beta})"
         )
 
-    def _decide(self, old: ControllerState, cells: Cells, *, act: bool) -> ControllerState:
+    @property
+    def _width(self) -> int | None:
+        """Cells in a row where only differences within it act: a shift of all logits of a sample changes nothing."""
+        return self._shape[-1] if self.by == "group" and self._buffer == SHIFT else None
+
+    def _decide_by_f1(self, old: ControllerState, rates: F1Rates, cells: Cells, act: bool) -> ControllerState:
+        return f1_step(old, rates, cells.support, cells.prior, self.settings, act=act)
+
+    def _decide(self, old: ControllerState, cells: Cells, act: bool) -> ControllerState:
         """Return averages and log weights by the policy; a weight of which it knows nothing rests."""
-        steer = act and self.policy == "recall"
-        moved = control_step(old, cells.recall, cells.support, cells.prior, self.settings, act=steer)
+        steer, width = act and self.policy == "recall", self._width
+        moved = control_step(old, cells.recall, cells.support, cells.prior, self.settings, act=steer, width=width)
         if steer or not act:
             return moved
-        if self.policy == "difficulty":
-            new = difficulty_weights(moved.average, cells.prior, tau=self.tau, limit=self.settings.limit)
-        else:
-            new = effective_number_weights(cells.counts, cells.prior, beta=self.beta, limit=self.settings.limit)
-        return ControllerState(
-            tuple(rest if math.isnan(value) else value for rest, value in zip(old.log_weight, new, strict=True)),
-            moved.average,
-        )
+        new = self._published(moved.average, cells, width or len(cells.prior))
+        known = [not math.isnan(value) for value in new]
+        kept = [value if use else rest for rest, value, use in zip(old.log_weight, new, known, strict=True)]
+        return ControllerState(tuple(kept) if width is None else centre_rows(kept, width, known), moved.average)
 
-    def _notes(self, cells: Cells, new: ControllerState) -> list[str]:
+    def _published(self, average: Sequence[float], cells: Cells, width: int) -> list[float]:
+        """Return the log weights of a published rule for each row of cells; NaN where it knows nothing."""
+        new: list[float] = []
+        for start in range(0, len(average), width):
+            row, limit = slice(start, start + width), self.settings.limit
+            if self.policy == "difficulty":
+                new += difficulty_weights(average[row], cells.prior[row], tau=self.tau, limit=limit)
+            else:
+                new += effective_number_weights(cells.counts[row], cells.prior[row], beta=self.beta, limit=limit)
+        return new
+
+    def _notes(self, cells: Cells, rates: F1Rates | None, new: ControllerState) -> list[str]:
+        if rates is not None:
+            scores = zip(rates.f1, new.average, rates.recall, rates.precision, strict=True)
+            return [f"{_text('F1', *pair)}, recall {_shown(r)}, precision {_shown(p)}" for *pair, r, p in scores]
         if self.policy in ("recall", "difficulty"):
-            return [_recall_text(*pair) for pair in zip(cells.recall, new.average, strict=True)]
+            return [_text("recall", *pair) for pair in zip(cells.recall, new.average, strict=True)]
         return [f"{count:.0f} samples an epoch" for count in cells.counts]
+
+    def _choose(self, module: nn.Module) -> str:
+        by_group = (holds_table(module, self.criterion, buffer, axes=2) for buffer in (SHIFT, BUFFER))
+        if self.act == "auto" and self.by == "group" and tuple(by_group) == (False, True):
+            return BUFFER
+        return super()._choose(module)
 
     def _check_table(self, table: Tensor, where: str) -> None:
         check_table(table, self.by, where)
 
     def _start_anew(self) -> None:
         super()._start_anew()
-        self._average = None
+        self._average, self._excess = None, ()
 
 
-def _recall_text(recall: float, average: float) -> str:
-    """Name the last recall and, where it reads otherwise, the average, which is what the weight follows."""
-    last, mean = ("not measured" if math.isnan(value) else f"{value:.2f}" for value in (recall, average))
-    return f"recall {last}" if last == mean else f"recall {last}, average {mean}"
+def _text(name: str, value: float, average: float) -> str:
+    """Name the last value and, where it reads otherwise, the average, which is what the weight follows."""
+    last, mean = _shown(value), _shown(average)
+    return f"{name} {last}" if last == mean else f"{name} {last}, average {mean}"
+
+
+def _shown(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""How recalls become weights: one step of a smoothed, bounded controller.
+"""How recalls, or F1 scores, become weights: one step of a smoothed, bounded controller.
 
 Plain numbers and exactly rounded sums (``math.fsum``) instead of tensors: the result depends neither on the device nor
 on the order of the cells, to the last bit.
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_callbacks._checks import at_least, check_number, in_range
-from attn_callbacks.feedback.weight_policies import blend, preserve_prior
+from attn_callbacks.feedback._f1 import F1Rates
+from attn_callbacks.feedback.weight_policies import blend, centre_rows, preserve_prior
 
-__all__ = ["ControllerSettings", "ControllerState", "control_step"]
+__all__ = ["ControllerSettings", "ControllerState", "control_step", "f1_step"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class ControllerState:
 
     Args:
         log_weight: Natural logarithm of each weight.
-        average: Exponential average of each recall; NaN for a cell that was never measured. Such a cell has not been
-            steered, and its weight is not touched.
+        average: Exponential average of each recall, or F1; NaN for a cell that was never measured. Such a cell has not
+            been steered, and its weight is not touched.
+        excess: The same of how much too often each class is predicted, for :func:`f1_step`; else empty.
     """
 
     log_weight: tuple[float, ...]
     average: tuple[float, ...]
+    excess: tuple[float, ...] = ()
 
     @property
     def weight(self) -> tuple[float, ...]:
@@ -79,6 +82,7 @@ def control_step(
     settings: ControllerSettings,
     *,
     act: bool = True,
+    width: int | None = None,
 ) -> ControllerState:
     r"""Average the new recalls and move the weights against their deviations.
 
@@ -93,6 +97,10 @@ def control_step(
     added). All weights ever steered are then divided by one number so that :math:`\sum_c \pi_c w_c` is what it would be
     with weights of 1: the expected loss keeps its scale, and with it the effective learning rate.
 
+    Margins of classes within groups act through their differences within a group alone: a constant of a row changes
+    nothing. With ``width``, each row of log weights is therefore centred on 0, before it is clamped and after, and not
+    normalised. The deviations are still those from the mean of all cells.
+
     Args:
         state: State before the step.
         recall: Recall of each cell; NaN where it was not measured.
@@ -100,6 +108,7 @@ def control_step(
         prior: Share of each cell in what training is fed.
         settings: How fast and how far.
         act: ``False`` averages only, as during a warm-up.
+        width: Cells in a row within which alone differences act; ``None``: the weights of all cells act.
 
     Returns:
         The state after the step.
@@ -110,35 +119,103 @@ def control_step(
         >>> [round(weight, 3) for weight in state.weight]
         [1.38, 0.62]
     """
-    measured = [
-        size >= settings.min_support and math.isfinite(value) for value, size in zip(recall, support, strict=True)
-    ]
-    counted = [value if known else math.nan for value, known in zip(recall, measured, strict=True)]
-    average = blend(state.average, counted, settings.smoothing)
+    measured = _measured(recall, support, settings)
+    average = _averaged(state.average, recall, measured, settings)
     if not act:
         return ControllerState(state.log_weight, average)
-    errors = _errors(average, support, measured, settings.dead_band)
-    bound = math.log(settings.limit)
-    steered = [not math.isnan(value) for value in average]
-    log_weight = [
-        min(max(old + settings.step_size * error, -bound), bound) if moved else old
-        for old, error, moved in zip(state.log_weight, errors, steered, strict=True)
+    uncertain = [_standard_error(value, size) for value, size in zip(average, support, strict=True)]
+    errors = _errors(average, uncertain, measured, settings.dead_band)
+    return ControllerState(_moved(state.log_weight, errors, average, prior, settings, width), average)
+
+
+def f1_step(
+    state: ControllerState,
+    rates: F1Rates,
+    support: Sequence[int],
+    prior: Sequence[float],
+    settings: ControllerSettings,
+    *,
+    act: bool = True,
+) -> ControllerState:
+    r"""Average the F1 scores, and move the weights of the classes below their mean towards a better one.
+
+    Equal recalls are not the best F1: what a rare class gains in recall it may lose in precision. So a class whose
+    average F1 lies below the mean of classes by :math:`d_c` gets :math:`\eta\,d_c` more log weight while its recall is
+    below its precision (it is predicted too rarely), and as much less while it is above. Both are averaged. Where
+    :math:`d_c` is within the dead band or its standard error, or recall and precision are balanced to within the dead
+    band, nothing moves. Bounds and normalisation are those of :func:`control_step`.
+
+    Args:
+        state: State before the step.
+        rates: F1 of each class, and how much too often it is predicted.
+        support: Number of samples of each class behind it.
+        prior: Share of each class in what training is fed.
+        settings: How fast and how far.
+        act: ``False`` averages only, as during a warm-up.
+
+    Returns:
+        The state after the step.
+
+    Example:
+        >>> from attn_callbacks.feedback._f1 import f1_rates
+        >>> state, confusion = ControllerState((0.0, 0.0), (math.nan, math.nan)), [[99, 1], [60, 40]]
+        >>> state = f1_step(state, f1_rates(confusion, [0.9, 0.1]), [100, 100], [0.9, 0.1], ControllerSettings())
+        >>> [round(weight, 2) for weight in state.weight]
+        [0.95, 1.45]
+    """
+    measured = _measured(rates.f1, support, settings)
+    average = _averaged(state.average, rates.f1, measured, settings)
+    before = state.excess or (math.nan,) * len(average)
+    excess = _averaged(before, rates.excess, measured, settings)
+    if not act:
+        return ControllerState(state.log_weight, average, excess)
+    missing = _errors(average, rates.f1_error, measured, settings.dead_band)
+    errors = [
+        0.0 if error <= 0 or abs(over) <= settings.dead_band else math.copysign(error, -over)
+        for error, over in zip(missing, excess, strict=True)
     ]
-    return ControllerState(preserve_prior(log_weight, prior, steered), average)
+    return ControllerState(_moved(state.log_weight, errors, average, prior, settings), average, excess)
+
+
+def _measured(values: Sequence[float], support: Sequence[int], settings: ControllerSettings) -> list[bool]:
+    return [size >= settings.min_support and math.isfinite(value) for value, size in zip(values, support, strict=True)]
+
+
+def _averaged(
+    old: Sequence[float], values: Sequence[float], measured: Sequence[bool], settings: ControllerSettings
+) -> tuple[float, ...]:
+    new = [value if known else math.nan for value, known in zip(values, measured, strict=True)]
+    return blend(old, new, settings.smoothing)
+
+
+def _moved(
+    log_weight: Sequence[float],
+    errors: Sequence[float],
+    average: Sequence[float],
+    prior: Sequence[float],
+    settings: ControllerSettings,
+    width: int | None = None,
+) -> tuple[float, ...]:
+    """Move the log weights of the cells that were ever measured, within bounds, and normalise them."""
+    bound, steered = math.log(settings.limit), [not math.isnan(value) for value in average]
+    new = [old + settings.step_size * error for old, error in zip(log_weight, errors, strict=True)]
+    new = new if width is None else list(centre_rows(new, width, steered))
+    new = [min(max(value, -bound), bound) if use else value for value, use in zip(new, steered, strict=True)]
+    return preserve_prior(new, prior, steered) if width is None else centre_rows(new, width, steered)
 
 
 def _errors(
-    average: Sequence[float], support: Sequence[int], measured: Sequence[bool], dead_band: float
+    average: Sequence[float], uncertain: Sequence[float], measured: Sequence[bool], dead_band: float
 ) -> list[float]:
-    """Return how far each measured cell lies below the mean of all; 0 within the dead band."""
+    """Return how far each measured cell lies below the mean of all; 0 within the dead band or the standard error."""
     known = [value for value, use in zip(average, measured, strict=True) if use]
     if not known:
         return [0.0] * len(average)
     mean = math.fsum(known) / len(known)
     errors = []
-    for value, size, use in zip(average, support, measured, strict=True):
+    for value, own, use in zip(average, uncertain, measured, strict=True):
         error = mean - value if use else 0.0
-        errors.append(error if abs(error) > dead_band and abs(error) > _standard_error(value, size) else 0.0)
+        errors.append(error if abs(error) > dead_band and abs(error) > own else 0.0)
     return errors
 
 

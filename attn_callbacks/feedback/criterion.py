@@ -14,9 +14,9 @@ _EXAMPLES = {
     SHIFT: "`losses.LogitAdjustedLoss(class_counts)`",
 }
 _SHAPES = {
-    "class": ("(classes,)", "pass by='group', or build the loss with one weight a class"),
-    "group": ("(groups, classes)", "build the loss with one row a group (`num_groups=`), or pass by='class'"),
-    "cell": ("(groups, classes)", "build the loss with one row a group (`num_groups=`)"),
+    "class": ("(classes,)", "pass by='group', or build the loss with one {one} a class"),
+    "group": ("(groups, classes)", "build the loss with one row a group ({rows}), or pass by='class'"),
+    "cell": ("(groups, classes)", "build the loss with one row a group ({rows})"),
 }
 
 
@@ -52,10 +52,11 @@ def find_weighted_loss(module: nn.Module, path: str, buffer: str = BUFFER) -> nn
     return next(iter(losses.values()))
 
 
-def holds_table(module: nn.Module, path: str, buffer: str) -> bool:
-    """Return whether something at ``path``, or inside it, has the buffer."""
+def holds_table(module: nn.Module, path: str, buffer: str, axes: int | None = None) -> bool:
+    """Return whether something at ``path``, or inside it, has the buffer; with ``axes``, one of so many axes."""
     found = _at(module, path)
-    return isinstance(found, nn.Module) and bool(_holders(found, buffer))
+    holders = _holders(found, buffer).values() if isinstance(found, nn.Module) else ()
+    return any(axes is None or part.get_buffer(buffer).dim() == axes for part in holders)
 
 
 def weight_table(loss: nn.Module, buffer: str = BUFFER) -> Tensor:
@@ -82,7 +83,9 @@ def check_table(table: Tensor, by: str, where: str) -> None:
         ValueError: If it has.
     """
     axes, way = _SHAPES[by]
+    one, rows = ("shift", "`class_counts=` by group") if where.endswith(SHIFT) else ("weight", "`num_groups=`")
     if table.dim() != (1 if by == "class" else 2):
+        way = way.format(one=one, rows=rows)
         raise ValueError(f"by={by!r} needs `{where}` of shape {axes}, got {tuple(table.shape)}: {way}.")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 __all__ = [
     "blend",
+    "centre_rows",
     "difficulty_weights",
     "effective_number_weights",
     "group_dro_step",
@@ -63,6 +64,29 @@ def preserve_prior(
         return tuple(log_weight)
     excess = math.log(math.fsum(share * weight for weight, share in cells) / fed)
     return tuple(value - excess if use else value for value, use in zip(log_weight, steered, strict=True))
+
+
+def centre_rows(log_weight: Sequence[float], width: int, steered: Sequence[bool]) -> tuple[float, ...]:
+    """Subtract from the steered weights of each row their mean: where only differences within a row act.
+
+    Args:
+        log_weight: Logarithm of each weight, row by row.
+        width: Cells in a row.
+        steered: Which weights are; the others stay.
+
+    Example:
+        >>> centre_rows([3.0, 1.0, 0.5, 9.0], 2, [True, True, True, False])
+        (1.0, -1.0, 0.0, 9.0)
+    """
+    means = []
+    for start in range(0, len(log_weight), width):
+        row = slice(start, start + width)
+        known = [value for value, use in zip(log_weight[row], steered[row], strict=True) if use]
+        means.append(math.fsum(known) / max(len(known), 1))
+    return tuple(
+        value - means[index // width] if use else value
+        for index, (value, use) in enumerate(zip(log_weight, steered, strict=True))
+    )
 
 
 def difficulty_weights(

@@ -40,7 +40,7 @@ def random_rationale(work: Work, splits: Splits, steps: int, seed: int) -> nn.Mo
 
 def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention, and randomise what is spurious."""
-    randomised = MaskRandomization(partial(_exchanged, work), region=_region(splits))
+    randomised = MaskRandomization(partial(_exchanged, work), region=_region(splits), when="always")
     return _monitored(work, splits, steps, seed, [randomised, AttentionGuidance()])
 
 

@@ -1,4 +1,4 @@
-"""Cross entropy of scaled and shifted logits, in as few passes over the logits as plain cross entropy."""
+"""Cross entropy of scaled and shifted logits, in as few passes over the logits as plain cross entropy; the shift."""
 
 from __future__ import annotations
 
@@ -8,10 +8,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from losses._checks import REDUCTIONS, accumulation_dtype, one_of
+from losses._checks import REDUCTIONS, accumulation_dtype, check_shape, check_within, one_of
 from losses.classification._per_sample import check_class_indices, check_logits, reduce, weigh_targets, weight_table
 
-__all__ = ["shifted_classification_loss", "shifted_cross_entropy"]
+__all__ = ["one_per_class", "shift_of_adjustment", "shifted_classification_loss", "shifted_cross_entropy"]
+
+
+def shift_of_adjustment(adjustment: Tensor, logits: Tensor, group: Tensor | None) -> Tensor:
+    """Return what is added to the logits, in the dtype to compute in, after checking it.
+
+    Args:
+        adjustment: Shift of each class, or of each class in each group.
+        logits: Unnormalised scores.
+        group: Group index of each sample, needed for an ``adjustment`` with one row per group.
+
+    Shape:
+        - adjustment: ``(classes,)`` or ``(groups, classes)``
+        - logits: ``(samples, classes, positions...)``
+        - group: ``(samples,)``
+        - output: ``(classes, 1...)``, or ``(samples, classes, 1...)`` by group
+
+    Raises:
+        ValueError: If a shape does not fit, ``adjustment`` has rows for groups but ``group`` is missing, or (checked on
+            the CPU only) an adjustment is not finite, or a group index is out of range.
+        TypeError: If ``group`` holds booleans or floating values.
+    """
+    by_group = isinstance(adjustment, Tensor) and adjustment.dim() == 2
+    shift = adjustment if by_group else one_per_class("adjustment", adjustment, logits)
+    largest = torch.finfo(shift.dtype).max
+    check_within("adjustment", shift.detach(), -largest, largest, advice="`log_prior` is finite for every class.")
+    return _rows_of_groups(adjustment, logits, group) if by_group else shift
+
+
+def one_per_class(name: str, values: Tensor, logits: Tensor) -> Tensor:
+    """Return one value per class as ``(classes, 1...)``, which adds to ``logits``, in the dtype to compute in."""
+    check_logits(logits)
+    check_shape(name, values, logits.shape[1:2], "(classes,)")
+    return values.to(accumulation_dtype(logits)).reshape(-1, *[1] * (logits.dim() - 2))
 
 
 def shifted_classification_loss(
@@ -83,6 +116,22 @@ def shifted_cross_entropy(
         return F.cross_entropy(_plain_scores(logits, target, scale, shift, margin), target, reduction="none")
     losses: Tensor = _ShiftedCrossEntropy.apply(logits, target, scale, shift, margin)[0]  # type: ignore[no-untyped-call]
     return losses
+
+
+def _rows_of_groups(table: Tensor, logits: Tensor, group: Tensor | None) -> Tensor:
+    """Return the row of each sample's group as ``(samples, classes, 1...)``."""
+    check_logits(logits)
+    samples, classes = logits.shape[:2]
+    check_shape("adjustment", table, (len(table), classes), "(groups, classes)")
+    if group is None:
+        raise ValueError(
+            f"`adjustment` has one row for each of {len(table)} groups, but `group` is missing: pass `group=`, one "
+            "group index per sample."
+        )
+    weight_table(None, group, samples, classes)  # checks `group`
+    check_within("group", group, 0, len(table) - 1, advice="Groups are counted from 0.")
+    rows = table.to(accumulation_dtype(logits)).index_select(0, group.long())  # indexing lets -1 wrap around on a GPU
+    return rows.reshape(*rows.shape, *[1] * (logits.dim() - 2))
 
 
 def _plain_scores(logits: Tensor, target: Tensor, scale: float, shift: Tensor | None, margin: Tensor | None) -> Tensor:

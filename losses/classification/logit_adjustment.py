@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses._checks import accumulation_dtype, check_shape, check_tensor, check_within, class_counts_tensor, in_range
+from losses._checks import check_shape, check_tensor, class_counts_tensor, in_range
 from losses.classification._base import ClassificationLoss, shown_counts
-from losses.classification._per_sample import check_logits, classification_loss, weight_table
-from losses.classification._shifted import shifted_classification_loss
+from losses.classification._per_sample import classification_loss
+from losses.classification._shifted import one_per_class, shift_of_adjustment, shifted_classification_loss
 
 __all__ = ["LogitAdjustedLoss", "adjust_logits", "log_prior", "logit_adjusted_loss"]
 
@@ -71,8 +71,8 @@ def adjust_logits(logits: Tensor, class_counts: Tensor | Sequence[float], tau: f
     References:
         Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021 (post-hoc form).
     """
-    shift = _per_class(-in_range("tau", tau, 0) * log_prior(class_counts).to(logits.device), logits, "class_counts")
-    return logits + shift
+    shift = -in_range("tau", tau, 0) * log_prior(class_counts).to(logits.device)
+    return logits + one_per_class("class_counts", shift, logits)
 
 
 def logit_adjusted_loss(
@@ -99,8 +99,7 @@ def logit_adjusted_loss(
     pass over the logits.
 
     With one row a group, such as the source of a text, the shift is that of the sample's group:
-    :math:`a_{g, c} = \tau \log p(c \mid g)`. The model then has to beat what the group alone tells of the class, and
-    learns the less to tell classes by groups; prediction needs no group. It reads the table once a sample.
+    :math:`a_{g, c} = \tau \log p(c \mid g)`. To predict, the model needs no group.
 
     Args:
         logits: Unnormalised scores.
@@ -143,7 +142,7 @@ def logit_adjusted_loss(
         Menon et al., "Long-Tail Learning via Logit Adjustment", ICLR 2021.
         Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020: ``tau=1``.
     """
-    shift = _shift(adjustment, logits, group)
+    shift = shift_of_adjustment(adjustment, logits, group)
     common: dict[str, Any] = {
         "class_weight": class_weight,
         "sample_weight": sample_weight,
@@ -248,35 +247,3 @@ def _checked_counts(class_counts: Counts) -> Tensor:
 def _shown_table(rows: Sequence[Sequence[float]]) -> str:
     shown = [shown_counts(row) for row in rows]
     return f"[{', '.join(shown if len(shown) <= 8 else [*shown[:7], '...'])}]"
-
-
-def _shift(adjustment: Tensor, logits: Tensor, group: Tensor | None) -> Tensor:
-    """Return what is added to ``logits``, in a shape that does, in the dtype to compute in, after checking it."""
-    by_group = isinstance(adjustment, Tensor) and adjustment.dim() == 2
-    shift = adjustment if by_group else _per_class(adjustment, logits, "adjustment")
-    largest = torch.finfo(shift.dtype).max
-    check_within("adjustment", shift.detach(), -largest, largest, advice="`log_prior` is finite for every class.")
-    return _of_group(shift, logits, group) if by_group else shift
-
-
-def _of_group(table: Tensor, logits: Tensor, group: Tensor | None) -> Tensor:
-    """Return the row of each sample's group as ``(samples, classes, 1...)``."""
-    check_logits(logits)
-    samples, classes = logits.shape[:2]
-    check_shape("adjustment", table, (len(table), classes), "(groups, classes)")
-    if group is None:
-        raise ValueError(
-            f"`adjustment` has one row for each of {len(table)} groups, but `group` is missing: pass `group=`, one "
-            "group index per sample."
-        )
-    weight_table(None, group, samples, classes)  # checks `group`
-    check_within("group", group, 0, len(table) - 1, advice="Groups are counted from 0.")
-    rows = table.to(accumulation_dtype(logits)).index_select(0, group.long())  # indexing would let -1 wrap on a GPU
-    return rows.reshape(*rows.shape, *[1] * (logits.dim() - 2))
-
-
-def _per_class(values: Tensor, logits: Tensor, name: str) -> Tensor:
-    """Return one value per class as ``(classes, 1...)``, which adds to ``logits``, in the dtype to compute in."""
-    check_logits(logits)
-    check_shape(name, values, logits.shape[1:2], "(classes,)")
-    return values.to(accumulation_dtype(logits)).reshape(-1, *[1] * (logits.dim() - 2))

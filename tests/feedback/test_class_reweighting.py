@@ -16,6 +16,9 @@ from torch import nn
 
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback import ClassReweighting, Feedback
+from attn_callbacks.feedback._f1 import f1_rates
+from attn_callbacks.feedback.automatic import automatic_feedback
+from attn_callbacks.feedback.controller import ControllerState, f1_step
 from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss, effective_number_weights
 
 CLASSES = ("negative", "positive")
@@ -547,8 +550,6 @@ def test_act_chooses_the_table():
         assert not torch.equal(getattr(target.criterion, moved), getattr(before, moved))
     with pytest.raises(ValueError, match=r"Expected a loss with a buffer `adjustment` at .*LogitAdjustedLoss\("):
         ClassReweighting(act="margin").bind(module())
-    with pytest.raises(ValueError, match="act='margin' needs by='class'"):
-        ClassReweighting(by="group", act="margin")
     grouped = Module(nn.ModuleDict({"a": WeightedCrossEntropyLoss(2, num_groups=2), "b": nn.Module()}))
     grouped.criterion["b"].register_buffer("adjustment", torch.zeros(2))
     bound(grouped, by="group").apply(report(BY_GROUP))
@@ -571,6 +572,139 @@ def test_state_of_the_other_table_is_refused(bind_first):
             feedback.bind(target)
         feedback.load_state_dict(state)
         feedback.bind(target)
+
+
+# --- as margin by group ------------------------------------------------------------------------------------------
+
+
+def tables(**arguments):
+    return Module(LogitAdjustedLoss([[100, 30], [30, 100], [0, 0]], **arguments))
+
+
+@pytest.mark.parametrize("act", ["auto", "margin"])
+def test_margins_of_cells_are_subtracted_from_the_shifts_and_centred_in_each_group(act):
+    target = tables()
+    start = target.criterion.adjustment.clone()
+    actions = bound(target, by="group", act=act, dead_band=0.0, smoothing=0.0).apply(report(BY_GROUP))
+    recall = torch.tensor([[0.95, 16 / 30], [25 / 30, 0.92]], dtype=torch.float64)
+    raw = 2 * (recall.mean() - recall)
+    raw[1, 0] = 0.0  # 0.02 from the mean of 0.81, standard error 0.07
+    expected = start.double()
+    expected[:2] -= raw - raw.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(target.criterion.adjustment, expected.float())
+    assert torch.equal(target.criterion.adjustment[2], start[2])  # validation has not shown it
+    assert target.criterion.class_weight.tolist() == [1.0, 1.0]
+    assert str(actions[0]).startswith("Amazon, ")
+    named = {str(action).split(":")[0]: action.finding for action in actions}
+    assert named["Amazon, positive"] == ("group", "Amazon, positive")
+    logits = torch.zeros(2, 2, requires_grad=True)
+    target.criterion(logits, torch.tensor([1, 0]), group=torch.tensor([0, 2])).backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("policy", ["difficulty", "effective_number"])
+def test_published_rules_by_group_are_those_of_each_group(policy):
+    target, fed = tables(tau=0.0), torch.tensor([[9000, 3000], [8, 24]])  # far apart: a bound on all would cut
+    bound(target, by="group", policy=policy, beta=1.0, smoothing=0.0, limit=4.0).apply(
+        report(BY_GROUP, train_counts=fed)
+    )
+    recall = torch.tensor([[0.95, 16 / 30], [25 / 30, 0.92]])
+    raw = (1 - recall).log() if policy == "difficulty" else -fed.float().log()
+    torch.testing.assert_close(target.criterion.adjustment[:2], raw.mean(dim=1, keepdim=True) - raw)
+    assert target.criterion.adjustment[2].tolist() == [0.0, 0.0]
+
+
+def test_margins_by_group_resume_bitwise():
+    straight, broken, resumed = tables(), tables(), tables()
+    whole, first, second = (bound(target, by="group") for target in (straight, broken, resumed))
+    told = [whole.apply(noisy(seed, 2)) for seed in range(6)]
+    for seed in range(3):
+        first.apply(noisy(seed, 2))
+    second.load_state_dict(saved(first))
+    assert [second.apply(noisy(seed, 2)) for seed in range(3, 6)] == told[3:]
+    assert torch.equal(resumed.criterion.adjustment, straight.criterion.adjustment)
+    start = tables().criterion.adjustment
+    assert not torch.equal(straight.criterion.adjustment, start)
+    whole.withdraw()
+    assert torch.equal(straight.criterion.adjustment, start)
+
+
+def test_axes_of_the_shift_have_to_fit():
+    with pytest.raises(ValueError, match=r"by='class' needs `criterion.adjustment` of shape \(classes,\), got \(3"):
+        ClassReweighting().bind(tables())
+    for act in ("auto", "margin"):
+        with pytest.raises(ValueError, match=r"by='group' needs `criterion.adjustment` of shape \(groups, classes"):
+            ClassReweighting(by="group", act=act).bind(margins())
+    with pytest.raises(ValueError, match=r"by='group' needs `criterion.class_weight` of shape \(groups, classes\)"):
+        ClassReweighting(by="group", act="weight").bind(tables())
+
+
+def test_automatic_feedback_takes_the_axes_of_the_table():
+    found = nn.ModuleDict({"a": tables(), "b": margins(), "c": module(num_groups=2), "d": module()})
+    chosen = [part for part in automatic_feedback(found) if isinstance(part, ClassReweighting)]
+    assert [(part.criterion, part.by, part.act) for part in chosen] == [
+        ("a.criterion", "group", "margin"),
+        ("b.criterion", "class", "margin"),
+        ("c.criterion", "group", "auto"),
+        ("d.criterion", "class", "auto"),
+    ]
+    for part in chosen:
+        part.bind(found)
+
+
+# --- by F1 -------------------------------------------------------------------------------------------------------
+
+
+def test_f1_follows_the_mixture_that_training_was_fed():
+    target, state = margins(tau=0.0), ControllerState((0.0, 0.0), (math.nan, math.nan))
+    feedback = bound(target, policy="f1")
+    counts = torch.tensor([[[60, 2], [30, 8]], [[39, 1], [30, 32]]])  # by group: together 99, 3 and 60, 40
+    for fed in ([900, 100], [800, 200]):
+        share = [number / 1000 for number in fed]
+        told = feedback.apply(report(counts, train_counts=torch.tensor([fed, [0, 0]])))
+        state = f1_step(state, f1_rates([[99, 3], [60, 40]], share), [102, 100], share, feedback.settings)
+        torch.testing.assert_close(feedback.weights, torch.tensor(state.weight, dtype=torch.float64))
+    torch.testing.assert_close(target.criterion.adjustment, -feedback.weights.log().float())
+    assert feedback.weights[1] > 1
+    assert any(str(action).startswith("positive: shift ") and "(F1 0.5" in str(action) for action in told)
+    assert all(", recall 0." in str(action) and ", precision 0." in str(action) for action in told)
+
+
+def test_f1_without_training_counts_is_that_of_the_report():
+    target = margins(tau=0.0)
+    feedback, told = bound(target, policy="f1"), report(torch.tensor([[[90, 10], [50, 50]]]))
+    feedback.apply(told)
+    torch.testing.assert_close(feedback.state_dict()["average"], told.f1)
+
+
+def test_f1_resumes_bitwise_and_takes_no_averages_of_recall():
+    straight, broken, resumed, others, last = (margins() for _ in range(5))
+    whole, second = bound(straight, policy="f1"), ClassReweighting(policy="f1")
+    told = [whole.apply(noisy(seed)) for seed in range(9)]
+    first = bound(broken, policy="f1")
+    for seed in range(6):
+        first.apply(noisy(seed))
+    second.load_state_dict(saved(first))
+    second.bind(resumed)
+    assert [second.apply(noisy(seed)) for seed in range(6, 9)] == told[6:]
+    assert any(told[6:])
+    assert torch.equal(resumed.criterion.adjustment, straight.criterion.adjustment)
+    other = bound(others)
+    other.load_state_dict(saved(first))
+    assert torch.equal(other.weights, first.weights)
+    assert "average" not in other.state_dict()
+    other.apply(report())
+    torch.testing.assert_close(other.state_dict()["average"], report().recall)
+    back = bound(last, policy="f1")
+    back.load_state_dict(saved(other))
+    assert "average" not in back.state_dict()
+    whole.bind(margins())
+    assert "excess" not in whole.state_dict()
+
+
+def test_f1_is_of_classes():
+    with pytest.raises(ValueError, match="policy='f1' needs by='class': F1 is that of a class over all groups"):
+        ClassReweighting(by="group", policy="f1")
 
 
 def imbalanced(seed):
@@ -826,7 +960,7 @@ def test_every_policy_resumes_bitwise(arguments, bind_first):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"policy": "recal"}, "`policy` must be one of 'recall', 'difficulty', 'effective_number', 'deferred'"),
+        ({"policy": "recal"}, "`policy` must be one of 'recall', 'f1', 'difficulty', 'effective_number', 'deferred'"),
         ({"act": "both"}, "`act` must be one of 'auto', 'weight', 'margin'"),
         ({"policy": "deferred"}, "with warm_up=0: pass policy='effective_number'"),
         ({"policy": "effective_number", "warm_up": 1}, "or policy='deferred'"),

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
+from attn_callbacks.feedback._f1 import F1Rates, f1_rates
+from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step, f1_step
 
 NAN = math.nan
 PLAIN = ControllerSettings()
@@ -231,3 +232,144 @@ def test_settings_that_are_no_number_are_refused(name, value):
 
 def test_numbers_of_numpy_are_numbers():
     assert ControllerSettings(step_size=np.float32(2.0), smoothing=0, limit=np.int64(10)) == replace(PLAIN, smoothing=0)
+
+
+# --- margins within groups ---------------------------------------------------------------------------------------
+
+
+def test_rows_by_hand():
+    state = control_step(fresh(4), [0.9, 0.5, 0.8, 0.6], [1000] * 4, [0.25] * 4, PLAIN, width=2)
+    # deviations from 0.7 of -0.2, 0.2, -0.1, 0.1, twice
+    assert state.log_weight == pytest.approx((-0.4, 0.4, -0.2, 0.2))
+
+
+def test_a_row_that_is_worse_as_a_whole_stays_and_never_saturates():
+    """Uncentred, all its cells would rise to the bound, and their differences be gone."""
+    state = fresh(4)
+    for _ in range(50):
+        state = control_step(state, [0.95, 0.95, 0.3, 0.3], [1000] * 4, [0.25] * 4, PLAIN, width=2)
+    assert state.log_weight == pytest.approx((0.0,) * 4, abs=1e-12)
+    state = control_step(state, [0.95, 0.95, 0.5, 0.3], [1000] * 4, [0.25] * 4, replace(PLAIN, smoothing=0.0), width=2)
+    assert state.log_weight == pytest.approx((0.0, 0.0, -0.2, 0.2))
+
+
+def test_rows_against_arrays():
+    generator = np.random.default_rng(0)
+    state, log_weight, average = fresh(6), np.zeros((2, 3)), None
+    for _ in range(12):
+        recall = generator.uniform(size=(2, 3))
+        state = control_step(state, recall.ravel().tolist(), [10**7] * 6, [1 / 6] * 6, PLAIN, width=3)
+        average = recall if average is None else 0.7 * average + 0.3 * recall
+        error = average.mean() - average
+        log_weight = log_weight + 2 * np.where(np.abs(error) > 0.02, error, 0)
+        log_weight = (log_weight - log_weight.mean(axis=1, keepdims=True)).clip(-np.log(10), np.log(10))
+        log_weight -= log_weight.mean(axis=1, keepdims=True)
+        assert state.log_weight == pytest.approx(log_weight.ravel())
+    assert np.abs(log_weight).max() > 1
+
+
+def test_cells_of_a_row_that_were_never_measured_rest():
+    state = control_step(fresh(6), [0.9, NAN, 0.5, 0.9, NAN, NAN], [1000] * 6, [1 / 6] * 6, PLAIN, width=3)
+    assert state.log_weight[1] == 0.0
+    assert state.log_weight[0] == -state.log_weight[2] < 0
+    assert state.log_weight[3:] == (0.0, 0.0, 0.0)  # one cell alone has none to differ from
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(situations(), situations())
+def test_rows_are_centred_and_bounded(first, second):
+    cells = min(len(first[0]), len(second[0]))
+    chosen, state = ControllerSettings(step_size=first[2], limit=first[3]), fresh(2 * cells)
+    for (upper, some), (lower, others) in zip(first[1], second[1], strict=False):
+        recall, support = upper[:cells] + lower[:cells], some[:cells] + others[:cells]
+        state = control_step(state, recall, support, [1 / (2 * cells)] * (2 * cells), chosen, width=cells)
+        for row in (slice(cells), slice(cells, 2 * cells)):
+            assert math.fsum(state.log_weight[row]) == pytest.approx(0, abs=1e-9)
+            assert max(state.log_weight[row]) - min(state.log_weight[row]) <= 2 * math.log(first[3]) + 1e-9
+
+
+# --- F1 ----------------------------------------------------------------------------------------------------------
+
+
+def rates(f1, excess, error=0.0):
+    return F1Rates(tuple(f1), (error,) * len(f1), tuple(f1), tuple(f1), tuple(excess))
+
+
+def f1_moves(f1, excess, support=None, state=None, error=0.0, **changes):
+    cells = len(f1)
+    state = fresh(cells) if state is None else state
+    chosen = replace(PLAIN, **changes)
+    return f1_step(state, rates(f1, excess, error), support or [1000] * cells, [1 / cells] * cells, chosen)
+
+
+def test_f1_by_hand():
+    state = f1_moves([0.9, 0.5, 0.4], [0.0, -0.3, 0.5], step_size=1.0)
+    # mean 0.6: the best stays, 0.1 more for what is predicted too rarely, 0.2 less for what is too often
+    scale = (1 + math.exp(0.1) + math.exp(-0.2)) / 3
+    assert state.weight == pytest.approx((1 / scale, math.exp(0.1) / scale, math.exp(-0.2) / scale))
+    assert state.average == (0.9, 0.5, 0.4)
+    assert state.excess == (0.0, -0.3, 0.5)
+
+
+def test_the_direction_is_averaged_too():
+    state = f1_moves([0.9, 0.5], [0.0, -0.6], smoothing=0.5)
+    after = f1_moves([0.9, 0.5], [0.0, 0.4], smoothing=0.5, state=state)  # on average still -0.1
+    assert after.excess == pytest.approx((0.0, -0.1))
+    assert after.weight[1] > state.weight[1]
+    assert f1_moves([0.9, 0.5], [0.0, 0.4], smoothing=0.0, state=state).weight[1] < state.weight[1]
+
+
+def test_f1_rests():
+    moving = {"f1": [0.9, 0.5], "excess": [0.0, -0.3]}
+    assert f1_moves(**moving).log_weight[1] > 0
+    for changes in ({"error": 0.21}, {"dead_band": 0.21}, {"support": [1000, 19]}):
+        assert f1_moves(**{**moving, **changes}).log_weight == (0.0, 0.0)
+    assert f1_moves([0.9, 0.5], [0.0, 0.02]).log_weight == (0.0, 0.0)  # recall and precision are balanced
+    assert f1_moves([0.9, NAN, 0.5], [0.0, NAN, -0.3]).log_weight[1] == 0.0
+    idle = f1_step(fresh(2), rates(**moving), [1000] * 2, [0.5] * 2, PLAIN, act=False)
+    assert idle.log_weight == (0.0, 0.0)
+    assert (idle.average, idle.excess) == ((0.9, 0.5), (0.0, -0.3))
+
+
+def test_f1_keeps_bounds_and_expected_weight():
+    state, prior = fresh(3), [0.9, 0.07, 0.03]
+    for _ in range(60):
+        state = f1_step(state, rates([0.9, 0.2, 0.3], [0.0, -0.9, 0.9]), [1000] * 3, prior, PLAIN)
+        assert math.fsum(np.multiply(prior, state.weight)) == pytest.approx(1)
+    assert state.weight[1] / state.weight[2] == pytest.approx(100)
+
+
+LONG_TAIL = np.array([0.70, 0.20, 0.07, 0.03])
+
+
+def softmax_confusion(log_weight):
+    """Shares of predictions by class of a softmax that fits four overlapping bells, and then has its logits shifted."""
+    inputs = np.linspace(-4, 10, 701)
+    bells = np.exp(-0.5 * (inputs - 1.5 * np.arange(4)[:, None]) ** 2)
+    bells /= bells.sum(axis=1, keepdims=True)
+    predicted = (np.log(bells) + np.log(LONG_TAIL)[:, None] + np.array(log_weight)[:, None]).argmax(axis=0)
+    return np.stack([bells[:, predicted == label].sum(axis=1) for label in range(4)], axis=1)
+
+
+def macro_f1(shares):
+    mixed = shares * LONG_TAIL[:, None]
+    return float(np.mean(2 * np.diag(mixed) / (mixed.sum(axis=0) + mixed.sum(axis=1))))
+
+
+@pytest.mark.parametrize("size", [25, 200])
+def test_under_a_long_tail_macro_f1_rises_where_equal_recalls_lower_it(size):
+    """The monitor has as many of each class; training and test have not."""
+    prior, start = LONG_TAIL.tolist(), macro_f1(softmax_confusion([0.0] * 4))
+    by_recall = by_f1 = fresh(4)
+    scores = []
+    for _ in range(30):
+        counts = (size * softmax_confusion(by_recall.log_weight)).round()
+        recall = (np.diag(counts) / counts.sum(axis=1)).tolist()
+        by_recall = control_step(by_recall, recall, [size] * 4, prior, PLAIN)
+        seen = f1_rates((size * softmax_confusion(by_f1.log_weight)).round().tolist(), prior)
+        by_f1 = f1_step(by_f1, seen, [size] * 4, prior, PLAIN)
+        scores.append([macro_f1(softmax_confusion(state.log_weight)) for state in (by_recall, by_f1)])
+    equal, better = np.mean(scores[-10:], axis=0)
+    assert start == pytest.approx(0.614, abs=0.001)
+    assert equal < start - 0.02
+    assert better > start + (0.002 if size == 25 else 0.01)

@@ -39,6 +39,21 @@ def test_tables_are_told_by_the_buffer():
     assert not holds_table(holder(GroupDROLoss(2)), "criterion", "class_weight")  # built without
 
 
+def test_tables_are_told_by_their_axes():
+    module = holder(LogitAdjustedLoss([[3, 1], [1, 3]]))
+    assert holds_table(module, "criterion", "adjustment", axes=2)
+    assert not holds_table(module, "criterion", "adjustment", axes=1)
+    assert not holds_table(module, "criterion", "class_weight", axes=2)
+
+
+def test_advice_is_that_of_the_table():
+    for name, rows, one in (("adjustment", "`class_counts=` by group", "shift"), ("class_weight", "`num_g", "weight")):
+        with pytest.raises(ValueError, match=rf"build the loss with one row a group \({rows}"):
+            check_table(torch.ones(2), "group", f"loss.{name}")
+        with pytest.raises(ValueError, match=f"pass by='group', or build the loss with one {one} a class"):
+            check_table(torch.ones(2, 2), "class", f"loss.{name}")
+
+
 def test_advice_names_a_loss_that_has_the_table():
     with pytest.raises(ValueError, match=r"buffer `adjustment` at .*for example `losses.LogitAdjustedLoss\("):
         find_weighted_loss(holder(nn.CrossEntropyLoss()), "criterion", "adjustment")

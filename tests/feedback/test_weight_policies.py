@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_callbacks.feedback._f1 import f1_rates
 from attn_callbacks.feedback.weight_policies import (
     blend,
+    centre_rows,
     difficulty_weights,
     effective_number_weights,
     group_dro_step,
@@ -172,3 +174,55 @@ def test_group_dro_keeps_the_sum_the_order_and_the_absent(situation, step_size, 
     assert all(value > 0 for value in new)
     for before, after, value in zip(share, new, loss, strict=True):
         assert not math.isnan(value) or after == before
+
+
+def test_rows_are_centred_over_the_steered_alone():
+    rows = centre_rows([1.0, 2.0, 6.0, 5.0, 1.0, 3.0], 3, [True, True, True, True, False, True])
+    assert rows == pytest.approx((-2.0, -1.0, 3.0, 1.0, 1.0, -1.0))
+    assert centre_rows([2.0, 5.0], 2, [False, False]) == (2.0, 5.0)
+
+
+def test_f1_of_another_mixture_against_samples():
+    """Repeat each counted sample until the classes have the shares asked for, and count again."""
+    confusion, prior = [[8, 1, 1], [2, 6, 2], [1, 3, 1]], [0.6, 0.3, 0.1]
+    repeats = [600, 300, 200]  # ten, ten and five samples become 6000, 3000 and 1000
+    samples = [
+        (label, guess)
+        for label, row in enumerate(confusion)
+        for guess, count in enumerate(row)
+        for _ in range(count * repeats[label])
+    ]
+    target, guess = np.array(samples).T
+    rates = f1_rates(confusion, prior)
+    for label in range(3):
+        hits = np.sum((target == label) & (guess == label))
+        recall, precision = hits / np.sum(target == label), hits / np.sum(guess == label)
+        assert rates.recall[label] == pytest.approx(recall)
+        assert rates.precision[label] == pytest.approx(precision)
+        assert rates.f1[label] == pytest.approx(2 * recall * precision / (recall + precision))
+        assert np.sign(rates.excess[label]) == np.sign(recall - precision)
+    assert min(rates.excess) < 0 < max(rates.excess)
+
+
+def test_f1_of_classes_that_are_missed_missing_or_not_fed():
+    never = f1_rates([[10, 0, 0], [10, 0, 0], [0, 0, 0]], [0.5, 0.4, 0.1])
+    assert (never.f1[1], never.excess[1]) == (0.0, -1.0)
+    assert math.isnan(never.precision[1])
+    assert math.isnan(never.f1[2])
+    wrong = f1_rates([[5, 5], [10, 0]], [0.2, 0.8])
+    assert wrong.f1[1] == 0.0
+    assert wrong.excess[1] == pytest.approx((0.1 - 0.8) / 0.9)  # no hit: its recall is 0, and still too rare
+    unfed = f1_rates([[5, 5], [0, 10]], [1.0, 0.0])
+    assert math.isnan(unfed.f1[1])
+    assert unfed.f1[0] == pytest.approx(2 / 3)
+
+
+def test_error_of_f1_is_that_of_repeated_draws():
+    generator, prior = np.random.default_rng(0), [0.8, 0.15, 0.05]
+    shares, sizes = np.array([[0.9, 0.07, 0.03], [0.2, 0.7, 0.1], [0.1, 0.3, 0.6]]), [200, 150, 100]
+    draws = [
+        f1_rates([generator.multinomial(size, row).tolist() for size, row in zip(sizes, shares, strict=True)], prior).f1
+        for _ in range(2000)
+    ]
+    expected = f1_rates((shares * np.array(sizes)[:, None]).tolist(), prior).f1_error
+    assert expected == pytest.approx(np.std(draws, axis=0), rel=0.1)

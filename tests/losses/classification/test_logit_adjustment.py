@@ -209,6 +209,128 @@ def test_the_fast_pass_under_vmap(mapped):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), given["logits"])[0])
 
 
+# --- by group ----------------------------------------------------------------------------------------------------
+
+TABLE = [[500, 40, 3, 1], [1, 30, 600, 0], [0, 0, 0, 0]]
+
+
+def test_each_row_is_normalised_by_itself():
+    prior = log_prior(TABLE)
+    for row, counts in zip(prior[:2], TABLE[:2], strict=True):
+        torch.testing.assert_close(row, log_prior(counts))
+    assert prior[2].tolist() == [0.0] * 4  # nothing is known of it
+    torch.testing.assert_close(log_prior([[0.9, 0.1, 0.0], [5, 0, 5]])[1], torch.tensor([0.5, 0.1, 0.5]).log())
+    torch.testing.assert_close(log_prior([[0.9, 0.1, 0.0], [5, 0, 5]])[0], torch.tensor([0.9, 0.1, 0.1]).log())
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+@pytest.mark.parametrize("positions", [(), (3,), (2, 3)])
+def test_group_rows_against_loops(tau, positions):
+    logits, target, group = randn(8, 4, *positions), labels(4, 8, *positions), labels(3, 8)
+    counts = np.array([[500, 40, 3, 1], [1, 30, 600, 1], [1, 1, 1, 1]], dtype=np.float64)
+    expected = np.zeros(target.shape)
+    for sample, row in enumerate(group.tolist()):
+        share = (counts[row] / counts[row].sum()) ** tau
+        one = slice(sample, sample + 1)
+        expected[one] = balanced_softmax(logits[one].numpy(), target[one].numpy(), share)
+    criterion = LogitAdjustedLoss(TABLE, tau, reduction="none")
+    np.testing.assert_allclose(criterion(logits, target, group=group).numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_group_is_the_loss_by_class_to_the_last_bit(soft, smoothing):
+    logits = randn(6, 4, 2)
+    target = randn(6, 4, 2).softmax(1) if soft else labels(4, 6, 2)
+    group = torch.ones(6, dtype=torch.int32)
+    table, plain = (LogitAdjustedLoss(counts, label_smoothing=smoothing) for counts in (TABLE, TABLE[1]))
+    assert torch.equal(table(logits, target, group=group), plain(logits, target))
+
+
+def test_group_rows_under_weights_and_ignored_positions():
+    logits, target, group = randn(6, 4, 2), labels(4, 6, 2), labels(3, 6)
+    target[0, 1] = -100
+    adjustment, arguments = randn(3, 4), {"class_weight": torch.rand(3, 4), "sample_weight": torch.rand(6)}
+    expected = weighted_cross_entropy(logits + adjustment[group][:, :, None], target, group=group, **arguments)
+    given = logit_adjusted_loss(logits, target, adjustment=adjustment, group=group, **arguments)
+    torch.testing.assert_close(given, expected)
+
+
+def test_derivatives_by_group():
+    logits, target, group = randn(4, 3, 2).double().requires_grad_(), labels(3, 4, 2), torch.tensor([0, 1, 1, 0])
+    target[0, 0] = -100
+    fixed, learned = randn(2, 3).double(), randn(2, 3).double().requires_grad_()
+    for labels_or_soft in (target, randn(4, 3, 2).double().softmax(1)):
+
+        def loss(scores, table, labels_or_soft=labels_or_soft):
+            return logit_adjusted_loss(scores, labels_or_soft, adjustment=table, group=group)
+
+        assert torch.autograd.gradcheck(lambda scores: loss(scores, fixed), (logits,))
+        assert torch.autograd.gradgradcheck(lambda scores: loss(scores, fixed), (logits,))
+        assert torch.autograd.gradcheck(loss, (logits, learned))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_by_sample_and_group():
+    layer, data, target, group = randn(5, 4), randn(6, 5), labels(4, 6), labels(3, 6)
+
+    def one(weight, sample, label, row):
+        parts = (sample @ weight).unsqueeze(0), label.unsqueeze(0)
+        return logit_adjusted_loss(*parts, adjustment=log_prior(TABLE), group=row.unsqueeze(0))
+
+    given = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0, 0))(layer, data, target, group)
+    for found, *parts in zip(given, data, target, group, strict=True):
+        leaf = layer.clone().requires_grad_()
+        one(leaf, *parts).backward()
+        torch.testing.assert_close(found, leaf.grad)
+
+
+def test_a_new_table_compiles_nothing_anew():
+    torch.compiler.reset()
+    counter, criterion = CompileCounter(), LogitAdjustedLoss(TABLE)
+    compiled = torch.compile(criterion, backend=counter, fullgraph=True)
+    logits, target, group = randn(6, 4), labels(4, 6), torch.tensor([0, 1, 2, 0, 1, 2])
+    before, address = compiled(logits, target, group=group), criterion.adjustment.data_ptr()
+    criterion.set_adjustment(randn(3, 4).tolist())
+    torch.testing.assert_close(compiled(logits, target, group=group), criterion(logits, target, group=group))
+    assert compiled(logits, target, group=group) != before
+    assert counter.frame_count == 1
+    assert criterion.adjustment.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_by_group_computes_in_float32(dtype):
+    logits, target, group = randn(6, 4).to(dtype), labels(4, 6), labels(3, 6)
+    loss = LogitAdjustedLoss(TABLE)(logits, target, group=group)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, LogitAdjustedLoss(TABLE)(logits.float(), target, group=group))
+
+
+def test_refusals_by_group():
+    criterion, logits, target = LogitAdjustedLoss(TABLE), randn(2, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"one row for each of 3 groups, but `group` is missing: pass `group=`"):
+        criterion(logits, target)
+    for bad in (3, -1):
+        with pytest.raises(ValueError, match=rf"`group` must lie between 0 and 2, got {bad}. Groups are counted"):
+            criterion(logits, target, group=torch.tensor([0, bad]))
+    with pytest.raises(TypeError, match=r"`group` must hold integer group indices, got torch.float32"):
+        criterion(logits, target, group=torch.zeros(2))
+    with pytest.raises(ValueError, match=r"`group` must have shape \(samples,\) = \(2,\), got \(3,\)"):
+        criterion(logits, target, group=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"`adjustment` must have shape \(groups, classes\) = \(3, 5\), got \(3, 4\)"):
+        criterion(randn(2, 5), target, group=target)
+    with pytest.raises(ValueError, match=r"`values` must have shape \(groups, classes\) = \(3, 4\), got \(4,\)"):
+        criterion.set_adjustment([0.0] * 4)
+    with pytest.raises(ValueError, match=r"`adjustment` must lie between .*, got nan"):
+        logit_adjusted_loss(logits, target, adjustment=torch.full((3, 4), torch.nan), group=target)
+    with pytest.raises(ValueError, match=r"`class_counts` must be finite and not negative, got -1"):
+        LogitAdjustedLoss([[1, -1], [1, 1]])
+    with pytest.raises(ValueError, match="`class_counts` must have a class with samples"):
+        LogitAdjustedLoss([[0, 0], [0, 0]])
+    with pytest.raises(ValueError, match=r"`class_counts` must have shape \(classes,\) = \(4,\), got \(3, 4\)"):
+        adjust_logits(logits, TABLE)
+
+
 def test_refused_values_leave_the_old_ones():
     criterion = LogitAdjustedLoss([1, 1])
     with pytest.raises(ValueError, match=r"`values` must be finite, got -inf"):
@@ -228,6 +350,8 @@ def test_class_weights_start_at_one_and_multiply():
 def test_repr_builds_it_again():
     expected = "LogitAdjustedLoss([3, 1], tau=0.5, label_smoothing=0.0, reduction='mean', ignore_index=-100)"
     assert repr(LogitAdjustedLoss([3, 1], tau=0.5)) == expected
+    expected = "LogitAdjustedLoss([[3, 1], [0, 2]], tau=1.0, label_smoothing=0.0, reduction='mean', ignore_index=-100)"
+    assert repr(LogitAdjustedLoss([[3, 1], [0, 2]])) == expected
     expected = "BalancedSoftmaxLoss([3, 1], label_smoothing=0.0, reduction='mean', ignore_index=-100)"
     assert repr(BalancedSoftmaxLoss([3, 1])) == expected
 
