@@ -42,8 +42,9 @@ class BatchSchema:
         valid: ``True`` (or 1) where a token is not padding, ``(samples, tokens)``.
         tokens: Token ids ``(samples, tokens)``, or a list of strings for each sample.
         image: Pictures, ``(samples, channels, height, width)``.
-        relevance: ``True`` on tokens that should decide, ``(samples, tokens)``.
-        spurious: ``True`` on tokens that must not decide, ``(samples, tokens)``.
+        relevance: ``True`` on tokens that should decide, ``(samples, tokens)``, or on such pixels, ``(samples, height,
+            width)``.
+        spurious: ``True`` on tokens or pixels that must not decide, likewise.
         group: Index of the group of each sample, ``(samples,)``.
         sets: Further token sets by name, each ``True`` on its tokens, ``(samples, tokens)``: names, hashtags, a region.
 

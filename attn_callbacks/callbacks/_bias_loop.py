@@ -182,8 +182,8 @@ class BiasLoop:
         tables = [dict(part.named_buffers(recurse=False)) for part in module.modules()]
         for table in tables:
             weights, shift = table.get("class_weight"), table.get("adjustment")
-            fits = weights is None or tuple(weights.shape) in ((classes,), (groups, classes))
-            if (weights is not None or shift is not None) and fits:
+            found = [each for each in (weights, shift) if each is not None]
+            if found and all(tuple(each.shape) in ((classes,), (groups, classes)) for each in found):
                 told = double_correction(
                     sampler.natural_shares, sampler.shares, weights, shift, classes=report.class_names, groups=names
                 )

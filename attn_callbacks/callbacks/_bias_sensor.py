@@ -19,6 +19,7 @@ from attn_callbacks.callbacks._bias_sums import BiasSums
 from attn_callbacks.callbacks._fed import MOST_GROUPS, FedCounts
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._layers import drawn_rows, known_tokens
+from attn_callbacks.callbacks._regions import on_tokens
 from attn_callbacks.callbacks._reliance_probe import RelianceProbe, class_scores
 from attn_callbacks.callbacks._token_names import PLACES, TokenNames, token_numbers
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
@@ -124,7 +125,9 @@ class BiasSensor:
         call = known_tokens(call, step.valid)
         if call.is_cross:
             return
-        fitting = {name: mask for name, mask in step.sets.items() if mask.shape == (call.shape[0], call.shape[3])}
+        batch, _, _, keys = call.shape
+        marked = {name: on_tokens(mask, keys) for name, mask in step.sets.items()}
+        fitting = {name: mask for name, mask in marked.items() if mask.shape == (batch, keys)}
         if not fitting and not step.probed:
             return
         rows, real = drawn_rows(call, self._rows, self._generator)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._forward import ForwardCall
-from attn_callbacks.callbacks._regions import region_on
+from attn_callbacks.callbacks._regions import on_tokens, region_on
 from attn_callbacks.callbacks._substitute import holds, substitute
 from attn_callbacks.capture import AttentionCall, AttentionRecorder
 
@@ -97,15 +97,15 @@ class FedStep:
         """Tokens that are not padding."""
         return self._schema.flags("valid", self.batch)
 
-    @cached_property
+    @property
     def relevance(self) -> Tensor | None:
         """Tokens that should decide."""
-        return self._schema.flags("relevance", self.batch)
+        return self._tokens("relevance")
 
-    @cached_property
+    @property
     def spurious(self) -> Tensor | None:
         """Tokens that must not decide."""
-        return self._schema.flags("spurious", self.batch)
+        return self._tokens("spurious")
 
     @cached_property
     def generator(self) -> torch.Generator:
@@ -147,6 +147,13 @@ class FedStep:
     def put_inputs(self, old: Tensor, new: Tensor) -> None:
         """Let the step start from other inputs."""
         self.batch = substitute(self.batch, old, new)
+
+    def _tokens(self, name: str) -> Tensor | None:
+        """Return a token set; pixels become patches where attention shows how many there are."""
+        mask = self._schema.flags(name, self.batch)
+        if mask is None or mask.dim() != 3 or not self.calls:
+            return mask
+        return on_tokens(mask, self.calls[0].shape[3])
 
     def _tensor(self, field: str) -> Tensor | None:
         found = self._schema.read(field, self.batch)

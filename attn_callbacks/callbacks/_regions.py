@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attn_callbacks.callbacks._samples import patch_grid
 
-__all__ = ["region_on"]
+__all__ = ["on_tokens", "region_on"]
 
 
 def region_on(mask: Tensor, inputs: Tensor) -> Tensor:
@@ -45,6 +46,34 @@ def region_on(mask: Tensor, inputs: Tensor) -> Tensor:
         f"A token set of shape {tuple(mask.shape)} does not lie on inputs of shape {tuple(inputs.shape)}: expected "
         f"{expected}" + (", or one entry a patch and one for each token before them." if inputs.dim() == 4 else ".")
     )
+
+
+def on_tokens(mask: Tensor, tokens: int) -> Tensor:
+    """Return which tokens a mask marks; of a mask on pixels, the patches that lie in it as a whole.
+
+    Args:
+        mask: ``True`` on tokens, ``(samples, tokens)``, or on pixels, ``(samples, height, width)``.
+        tokens: Number of tokens that a network makes of a picture.
+
+    Returns:
+        ``(samples, tokens)``; a mask that does not lie on them comes back as it is.
+
+    Example:
+        >>> import torch
+        >>> pixels = torch.zeros(1, 4, 4, dtype=torch.bool)
+        >>> pixels[0, :2, :3] = True
+        >>> on_tokens(pixels, 5)  # a class token, then 2 x 2 patches
+        tensor([[False,  True, False, False, False]])
+    """
+    if mask.dim() != 3:
+        return mask
+    height, width = mask.shape[1:]
+    grid = patch_grid(tokens, height / width)
+    if grid is None or height % grid[0] or width % grid[1]:
+        return mask
+    rows, columns, prefix = grid
+    patches = mask.reshape(len(mask), rows, height // rows, columns, width // columns).all(dim=4).all(dim=2)
+    return torch.nn.functional.pad(patches.flatten(1), (prefix, 0))
 
 
 def _over_patches(mask: Tensor, height: int, width: int) -> Tensor | None:

@@ -48,7 +48,8 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
             found.append(ClassReweighting(path, _by(buffers[SHIFT]), act="margin"))
         elif path and BUFFER in buffers:
             found.append(ClassReweighting(path, _by(buffers[BUFFER])))
-    return (*found, Resampling("group"), MaskRandomization(when="biased"), AttentionGuidance(coefficient=_GENTLE, when="biased"))
+    guidance = AttentionGuidance(coefficient=_GENTLE, when="biased")
+    return (*found, Resampling("group"), MaskRandomization(when="biased"), guidance)
 
 
 def _by(table: Tensor) -> str:

@@ -149,8 +149,10 @@ def _weight_factor(fed: Tensor, weights: Tensor | None) -> Tensor:
 def _margin_factor(fed: Tensor, adjustment: Tensor | None) -> Tensor:
     if adjustment is None:
         return torch.ones_like(fed)
-    if tuple(adjustment.shape) != tuple(fed.shape[1:]):
-        raise ValueError(f"`adjustment` must have shape {tuple(fed.shape[1:])}, got {tuple(adjustment.shape)}.")
+    if tuple(adjustment.shape) not in (tuple(fed.shape), tuple(fed.shape[1:])):
+        raise ValueError(
+            f"`adjustment` must have shape {tuple(fed.shape[1:])} or {tuple(fed.shape)}, got {tuple(adjustment.shape)}."
+        )
     margin = -adjustment.detach().cpu().double().expand_as(fed)
     known = margin.where(fed > 0, -torch.inf)  # the margin of a class that is not fed can be infinite
     return (known - known.max()).exp()

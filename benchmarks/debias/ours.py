@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import losses
 from attn_callbacks import BatchSchema, BiasMonitor
@@ -19,13 +17,10 @@ from attn_callbacks.feedback import (
 )
 from benchmarks.debias.baselines import counts
 from benchmarks.debias.classifier import Classifier
-from benchmarks.debias.exchange import exchanged
 from benchmarks.debias.method import Method, trained
 from benchmarks.debias.work import Splits, Work
 
 __all__ = ["OURS"]
-
-PIXELS = "pixels"
 
 
 def attention(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
@@ -40,8 +35,7 @@ def random_rationale(work: Work, splits: Splits, steps: int, seed: int) -> nn.Mo
 
 def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Guide attention, and randomise what is spurious."""
-    randomised = MaskRandomization(partial(_exchanged, work), region=_region(splits), when="always")
-    return _monitored(work, splits, steps, seed, [randomised, AttentionGuidance()])
+    return _monitored(work, splits, steps, seed, [MaskRandomization(when="always"), AttentionGuidance()])
 
 
 def automatic(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
@@ -56,8 +50,8 @@ class Steered(Classifier):
 
 
 def _monitored(work: Work, splits: Splits, steps: int, seed: int, feedback: Sequence[Feedback] | str) -> nn.Module:
-    sets = {PIXELS: "spurious_pixels"} if "spurious_pixels" in splits.train.parts else {}
-    monitor = BiasMonitor(BatchSchema(sets=sets), feedback=feedback, classes=work.classes, groups=work.groups)
+    schema = BatchSchema(spurious="spurious_pixels" if "spurious_pixels" in splits.train.parts else None)
+    monitor = BiasMonitor(schema, feedback=feedback, classes=work.classes, groups=work.groups)
     sampler = DynamicDistributedSampler(splits.train.labels, groups=splits.train.group, seed=seed)
     criterion = _criterion(work, splits)
     return trained(work, splits, steps, kind=Steered, criterion=criterion, callbacks=[monitor], sampler=sampler)
@@ -68,14 +62,6 @@ def _criterion(work: Work, splits: Splits) -> nn.Module:
     if work.groups:
         return losses.WeightedCrossEntropyLoss(len(work.classes), num_groups=len(work.groups))
     return losses.LogitAdjustedLoss(counts(work, splits.train))
-
-
-def _region(splits: Splits) -> str:
-    return PIXELS if "spurious_pixels" in splits.train.parts else "spurious"
-
-
-def _exchanged(work: Work, inputs: Tensor, mask: Tensor, *, generator: torch.Generator) -> Tensor:
-    return exchanged(work, inputs, mask[:, None] if inputs.ndim == 4 else mask, generator)
 
 
 OURS = (
