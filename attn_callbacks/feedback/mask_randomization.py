@@ -86,18 +86,19 @@ class MaskRandomization(SwitchedFeedback):
             inputs: Token ids, pictures or features.
             step: The step.
         """
-        mask = step.region(str(self.region), inputs) if self.active else None
-        if mask is None:
+        region = step.region(str(self.region), inputs) if self.active else None
+        if region is None:
             return None
+        mask = region
         if self._share < 1:
             drawn = torch.rand(len(inputs), generator=step.generator) < self._share
             mask = mask & drawn.to(mask.device).reshape(-1, *[1] * (mask.dim() - 1))
         if self.transform is not None:
             return self.transform(inputs, mask, generator=step.generator)
-        region, valid = step.region(str(self.region), inputs), step.region("valid", inputs)
+        valid = step.region("valid", inputs)
         known = torch.ones_like(mask) if valid is None else valid
-        small = 2 * (region & known).sum() < known.sum()
-        givers = known & (region | small)
+        is_small = 2 * (region & known).sum() < known.sum()
+        givers = known & (region | is_small)
         return shuffle_region(inputs, mask & known, givers, generator=step.generator)
 
     def state_dict(self) -> dict[str, object]:
