@@ -29,6 +29,7 @@ def log_report(
     ledger: Ledger,
     actions: Mapping[str, Sequence[Action]],
     monitored: Mapping[str, float],
+    prefix: str,
 ) -> None:
     """Write everything, where there is a logger. Call it on rank zero.
 
@@ -40,6 +41,7 @@ def log_report(
         ledger: All decisions so far.
         actions: What each feedback did about it, by its name.
         monitored: Tag and value of what models are selected by.
+        prefix: What tags begin with; slashes of it become part of the names of files.
     """
     if not can_log(trainer):
         return
@@ -50,17 +52,17 @@ def log_report(
         title=f"predictions, epoch {report.epoch}",
         group_names=report.group_names if report.has_groups else None,
     )
-    scalars = with_epoch(trainer, {**monitored, **dict(_scalars(report))})
-    log_point(trainer, writer, folder, {"bias/confusion": writer.submit(draw)}, scalars)
-    log_text(trainer, "bias/summary", "\n".join([report.summary(), *_decided(ledger, actions)]))
+    scalars = with_epoch(trainer, {**monitored, **dict(_scalars(report, prefix))})
+    log_point(trainer, writer, folder, {f"{prefix}/confusion": writer.submit(draw)}, scalars)
+    log_text(trainer, f"{prefix}/summary", "\n".join([report.summary(), *_decided(ledger, actions)]))
     if folder is not None:
-        path = folder / "attention" / "bias.jsonl"
+        path = folder / "attention" / f"{prefix.replace('/', '_')}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report.to_dict()) + "\n")
         # written anew each time: the effect of a decision is known one validation after it
         lines = "".join(json.dumps(line) + "\n" for line in ledger.lines())
-        path.with_name("ledger.jsonl").write_text(lines, encoding="utf-8")
+        path.with_name(path.name.replace("bias", "ledger", 1)).write_text(lines, encoding="utf-8")
 
 
 def _decided(ledger: Ledger, actions: Mapping[str, Sequence[Action]]) -> Iterator[str]:
@@ -87,15 +89,15 @@ def _effect(decision: Mapping[str, Any]) -> str:
     return f"- {what} {finding['size']:.2f} -> {finding['size'] + effect:.2f} ({effect:+.2f})"
 
 
-def _scalars(report: BiasReport) -> Iterator[tuple[str, float]]:
+def _scalars(report: BiasReport, prefix: str) -> Iterator[tuple[str, float]]:
     for label, recall in zip(report.class_names, report.recall.tolist(), strict=True):
         if recall == recall:
-            yield f"bias/recall/{label}", recall
+            yield f"{prefix}/recall/{label}", recall
     if report.has_groups:
         for label, accuracy in zip(report.group_names, report.group_accuracy.tolist(), strict=True):
             if accuracy == accuracy:
-                yield f"bias/accuracy/{label}", accuracy
+                yield f"{prefix}/accuracy/{label}", accuracy
     for name, share in report.attention.items():
         for label, mass in zip(report.class_names, share.mass.tolist(), strict=True):
             if mass == mass:
-                yield f"bias/{name}_mass/{label}", mass
+                yield f"{prefix}/{name}_mass/{label}", mass

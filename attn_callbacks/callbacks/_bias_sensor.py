@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.callbacks._bias_report import build_report
+from attn_callbacks.callbacks._bias_step import BiasStep
 from attn_callbacks.callbacks._bias_sums import BiasSums
 from attn_callbacks.callbacks._fed import MOST_GROUPS, FedCounts
 from attn_callbacks.callbacks._guard import Guard
-from attn_callbacks.callbacks._layers import drawn_rows, known_tokens
-from attn_callbacks.callbacks._regions import on_tokens
 from attn_callbacks.callbacks._reliance_probe import RelianceProbe, class_scores
 from attn_callbacks.callbacks._token_names import PLACES, TokenNames, token_numbers
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
 from attn_callbacks.capture import AttentionCall
-from attn_callbacks.functional import attention_mass, target_share
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 __all__ = ["BiasSensor"]
-
-
-@dataclass
-class _Step:
-    """What is known of one validation step."""
-
-    valid: Tensor | None
-    sets: dict[str, Tensor]
-    probed: bool = False  # reliance and association are measured on it
-    masses: defaultdict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    shares: dict[str, Tensor] = field(default_factory=dict)
-    received: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
 
 
 class BiasSensor:
@@ -74,6 +58,7 @@ class BiasSensor:
         self._classes, self._groups = tuple(classes), tuple(groups)
         self._rows, self._min_support, self._probes = rows, min_support, probes
         self._generator = torch.Generator()
+        self._told = False
         self._has_logits = False  # the step returns them: learned at the first batch
         self._probe_guard = Guard("The measurement of reliance by `BiasMonitor`")
         self._names = TokenNames()
@@ -88,14 +73,20 @@ class BiasSensor:
         self._broken: Tensor | int = 0
         self._seen, self._samples, self._every = 0, 0, 1
         self._probe: RelianceProbe | None = None
-        self._step = _Step(None, {})
+        self._step = BiasStep()
 
-    def expect(self, module: nn.Module, batches: float) -> None:
-        """Spread what costs more than looking over the batches to come."""
+    def expect(self, module: nn.Module, batches: float, is_sharded: bool) -> None:
+        """Spread what costs more than looking over the batches to come.
+
+        Args:
+            module: The module that is validated.
+            batches: How many there are; infinite where nobody knows.
+            is_sharded: Processes have to run the network equally often, and what is marked differs between them.
+        """
         self._every = max(1, math.ceil(batches / max(self._probes, 1))) if math.isfinite(batches) else 1
         self._names = TokenNames.of(module)
         asked = [name for name in self._schema.token_sets if name != "relevance"]
-        self._probe = RelianceProbe(module, self._schema, asked) if self._probes else None
+        self._probe = RelianceProbe(module, self._schema, asked) if self._probes and not is_sharded else None
 
     def begin(self, batch: Any) -> None:
         """Read what the next step is going to show."""
@@ -103,7 +94,7 @@ class BiasSensor:
         sets = {name: mask for name, mask in marked.items() if mask is not None}
         number, self._seen = self._seen, self._seen + 1
         probed = number % self._every == 0 and number // self._every < self._probes
-        self._step = _Step(self._schema.flags("valid", batch), sets, probed)
+        self._step = BiasStep(self._schema.flags("valid", batch), sets, probed)
 
     @contextmanager
     def listen(self, recorder: QuietRecorder, batch: Any) -> Iterator[None]:
@@ -120,26 +111,8 @@ class BiasSensor:
             yield
 
     def measure(self, call: AttentionCall) -> None:
-        """Measure the attention of a call on the marked tokens, and on each token."""
-        step = self._step
-        call = known_tokens(call, step.valid)
-        if call.is_cross:
-            return
-        batch, _, _, keys = call.shape
-        marked = {name: on_tokens(mask, keys) for name, mask in step.sets.items()}
-        fitting = {name: mask for name, mask in marked.items() if mask.shape == (batch, keys)}
-        if not fitting and not step.probed:
-            return
-        rows, real = drawn_rows(call, self._rows, self._generator)
-        weights = call.weights(rows)
-        for name, mask in fitting.items():
-            mass = attention_mass(weights, mask, call.key_valid, row_valid=real)
-            step.masses[name].append(mass.nanmean(dim=1))
-            step.shares[name] = target_share(mask, call.key_valid)
-        if step.probed:
-            counted = real.to(weights.dtype)[:, None, :, None]
-            total = (weights * counted).sum(dim=2) / counted.sum(dim=2).clamp(min=1)
-            step.received.append((total.mean(dim=1), call.key_valid))  # (batch, keys)
+        """Measure the attention of a call."""
+        self._step.measure(call, self._rows, self._generator)
 
     def add(self, output: Any, batch: Any) -> None:
         """Count the batch whose step was listened to.
@@ -147,19 +120,23 @@ class BiasSensor:
         Raises:
             ValueError: If there are no logits or no labels, or they do not fit the names given.
         """
-        step, self._step = self._step, _Step(None, {})
+        step, self._step = self._step, BiasStep()
         self._has_logits = self._has_logits or self._schema.step_logits(output) is not None
         logits, target = self._schema.step_logits(output, step.outputs), self._schema.read("target", batch)
         if logits is None or target is None:
             raise ValueError(_missing("logits" if logits is None else "target"))
         scores = class_scores(logits)
-        target = self._left_out(scores, torch.as_tensor(target, device=scores.device))
+        target = self._left_out(scores, _numbers("target", target, scores.device))
         group = self._schema.read("group", batch)
+        group = None if group is None else _numbers("group", group, scores.device)
         self._make_room(scores.shape[1], group)
         predicted, device = scores.argmax(dim=-1), scores.device
         self._sums.metric("confusion", device).update(predicted, target, group)
         self._sums.metric("calibration", device).update(scores, target, group)
         right = predicted == target
+        if not self._told and (text := step.unfitting()):
+            self._told = True
+            rank_zero_warn(f"`BiasMonitor`: {text}")
         for name, masses in step.masses.items():
             mass = torch.stack(masses).nanmean(dim=0)
             self._sums.metric(f"mass/{name}", device).update(mass, step.shares[name], target, right)
@@ -207,7 +184,7 @@ class BiasSensor:
         if not self._sums.sizes.classes:
             self._sums.sizes = self._sums.sizes._replace(classes=max(classes, len(self._classes)), groups=groups)
 
-    def _associate(self, step: _Step, batch: Any, right: Tensor, target: Tensor) -> None:
+    def _associate(self, step: BiasStep, batch: Any, right: Tensor, target: Tensor) -> None:
         """Note which tokens, or which places, attention falls on in right and in wrong samples."""
         fitting = [pair for pair in step.received if len(pair[0]) == len(target)]
         same = [pair for pair in fitting if pair[0].shape == fitting[0][0].shape]
@@ -238,6 +215,15 @@ class BiasSensor:
         finite = logits.isfinite().all(dim=1)
         self._broken = self._broken + (~finite).sum()
         return target.where(finite, -1) if target.shape == finite.shape else target
+
+
+def _numbers(name: str, values: Any, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(values, device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{name}` must hold one number a sample, got {repr(values)[:80]}. Number them, as in `names.index(name)`."
+        ) from error
 
 
 def _missing(part: str) -> str:

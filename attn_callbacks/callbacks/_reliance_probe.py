@@ -122,7 +122,8 @@ class RelianceProbe:
                 start = own.stop
                 donor, found = _donors(pool, own, generator)
                 mixed = paste_region(entry.inputs, entry.regions[name], pool, donor)
-                with torch.no_grad(), around():
+                # a network that draws numbers in evaluation must not train on other ones for being looked at
+                with torch.random.fork_rng(_devices(entry.inputs)), torch.no_grad(), around():
                     if id(entry) not in before:
                         before[id(entry)] = self._confirmed(entry)
                     first = before[id(entry)]
@@ -164,6 +165,10 @@ def class_scores(logits: Tensor) -> Tensor:
     if logits.ndim != 2:
         raise ValueError(f"`logits` must have shape (samples, classes), got {tuple(logits.shape)}.")
     return logits
+
+
+def _devices(inputs: Tensor) -> list[torch.device]:
+    return [inputs.device] if inputs.device.type == "cuda" else []
 
 
 def _donors(pool: RegionContents, own: slice, generator: torch.Generator) -> tuple[Tensor, Tensor]:

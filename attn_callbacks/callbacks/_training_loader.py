@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import DataLoader
 
 if TYPE_CHECKING:
@@ -35,9 +36,14 @@ def training_sampler(trainer: Trainer) -> Any:
 def restart_loader(trainer: Trainer) -> None:
     """Let workers draw again in the first epoch of a run.
 
-    The Trainer starts them before it tells the sampler its epoch, and before any hook that could tell it its weights.
+    The Trainer (Lightning 2.4 to 2.6, `FitLoop.setup_data`) starts them before it tells the sampler its epoch, and
+    before any hook that could tell it its weights. Where all weights are equal there is nothing to draw again.
     """
     loader: Any = trainer.train_dataloader
     fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
-    if loader.num_workers and fetcher is not None and not trainer.fit_loop.restarted_mid_epoch:
-        iter(fetcher)
+    if not loader.num_workers or fetcher is None or trainer.fit_loop.restarted_mid_epoch:
+        return
+    weights = getattr(loader.sampler, "weights", None)
+    if weights is not None and float(weights.min()) < float(weights.max()):
+        with torch.random.fork_rng(devices=[]):  # an iterator draws a seed from the global numbers
+            iter(fetcher)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from attn_callbacks.bias import BiasReport
 from attn_callbacks.callbacks._agreed import log_agreed, log_monitored
 from attn_callbacks.callbacks._bias_log import log_report
 from attn_callbacks.callbacks._bias_loop import BiasLoop, misconfigured
+from attn_callbacks.callbacks._bias_names import MONITORED, feedback_list, is_sharded, monitored
 from attn_callbacks.callbacks._bias_sensor import BiasSensor
 from attn_callbacks.callbacks._guard import Guard
 from attn_callbacks.callbacks._observer import ValidationObserver
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 __all__ = ["BiasMonitor"]
-
-_MONITORED = ("accuracy", "gap", "worst_class_recall", "worst_group_accuracy")
 
 
 class BiasMonitor(ValidationObserver):
@@ -61,7 +60,8 @@ class BiasMonitor(ValidationObserver):
         min_support: Samples below which nothing is concluded about a class or group.
         patience: Validations after which feedback that has not helped is withdrawn; ``None``: never.
         dry_run: Decide everything, tell it, and do nothing: training is as without feedback.
-        dataloader: Validation loader to read, by its index or, where loaders are a dict, by its name.
+        dataloader: Validation loader to read, by its index or, where loaders are a dict, by its name. That of any but
+            the first is part of what is logged: ``bias/<dataloader>/accuracy``.
         reliance_batches: Validation batches, spread evenly, on which reliance is measured and unmarked tokens are
             looked at; the network runs on them twice, and once more for each token set. 0: none.
         tokenizer: Names the tokens that go along with errors; any object with ``convert_ids_to_tokens``.
@@ -97,7 +97,7 @@ class BiasMonitor(ValidationObserver):
         tokenizer: Any = None,
     ) -> None:
         super().__init__(schema, dataloader=dataloader)
-        self.feedback = "automatic" if feedback == "automatic" else _feedback_list(feedback)
+        self.feedback = "automatic" if feedback == "automatic" else feedback_list(feedback)
         self.classes, self.groups = name_list("classes", classes), name_list("groups", groups)
         self.layers = None if layers is None else name_list("layers", layers)
         self.rows = at_least("rows", rows, 1)
@@ -116,6 +116,11 @@ class BiasMonitor(ValidationObserver):
         """Tell monitors of different loaders and with different feedback apart."""
         names = "automatic" if self.feedback == "automatic" else [type(each).__name__ for each in self.feedback]
         return f"BiasMonitor[dataloader={self.dataloader!r}, feedback={names}]"
+
+    @property
+    def _prefix(self) -> str:
+        """What names of logged values begin with: those of several monitors differ."""
+        return "bias" if self.dataloader == 0 else f"bias/{self.dataloader}"
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
@@ -155,7 +160,7 @@ class BiasMonitor(ValidationObserver):
         """Add up over processes, so that the checkpoint of an epoch has all of what was fed."""
         self._sensor.fed.gather(trainer.strategy)
         for name, mean in self._loop.mean_terms(trainer).items():
-            log_agreed(pl_module, f"bias/term/{name}", mean, logger=True)
+            log_agreed(pl_module, f"{self._prefix}/term/{name}", mean, logger=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the feedback, what training was fed, and the ledger."""
@@ -184,7 +189,7 @@ class BiasMonitor(ValidationObserver):
             seed = trainer.strategy.broadcast(torch.initial_seed())
             self._removes += self._loop.start(trainer, module, seed)
         self._writer = BackgroundWriter(Guard("The log of `BiasMonitor`"))  # feedback goes on without it
-        self._monitored = dict.fromkeys((f"bias/{name}" for name in _MONITORED), float("nan"))
+        self._monitored = dict.fromkeys((f"{self._prefix}/{name}" for name in MONITORED), float("nan"))
         self._recorder = QuietRecorder(
             module, self.layers, self._sensor.measure, Guard("The attention mass of `BiasMonitor`")
         )
@@ -199,7 +204,7 @@ class BiasMonitor(ValidationObserver):
 
     def _begin(self, trainer: Trainer) -> None:
         self._sensor.reset(seed=trainer.global_step)
-        self._sensor.expect(trainer.lightning_module, self._batches(trainer))
+        self._sensor.expect(trainer.lightning_module, self._batches(trainer), is_sharded(trainer))
 
     def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         self._sensor.begin(batch)
@@ -215,6 +220,7 @@ class BiasMonitor(ValidationObserver):
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.sanity_checking:
+            self._sensor.reset()
             return
         report = None
         with self._guarded():
@@ -223,6 +229,7 @@ class BiasMonitor(ValidationObserver):
                 self._conclude(report, trainer)
             elif not self._guard.off:
                 rank_zero_warn("`BiasMonitor` concludes nothing: no validation batch was counted.")
+        self._sensor.reset()  # sums, and batches kept to be run again
         is_unwritten = report is not None and (self._writer.off or not self._fitting)
         log_monitored(trainer, module, self._monitored, logger=is_unwritten)
 
@@ -231,29 +238,10 @@ class BiasMonitor(ValidationObserver):
         if broken:
             note = f"Nothing was done: {broken} samples have logits that are not finite and were left out."
         self.report = report
-        measured = _monitored(report)
+        measured = monitored(report)
         actions = self._loop.answer(report, measured, act=self._fitting and not broken, note=note)
-        self._monitored = {f"bias/{name}": value for name, value in measured.items()}
+        self._monitored = {f"{self._prefix}/{name}": value for name, value in measured.items()}
         if trainer.is_global_zero and not self._writer.off:
             # in `trainer.validate` Lightning writes them: what it returns is what it logs
             written = self._monitored if self._fitting else {}
-            log_report(trainer, self._writer, self._folder, report, self._loop.ledger, actions, written)
-
-
-def _feedback_list(feedback: Any) -> tuple[Feedback, ...]:
-    if isinstance(feedback, str):
-        raise TypeError(f'`feedback` must be a list of feedback, or "automatic", got {feedback!r}.')
-    if isinstance(feedback, Feedback):
-        raise TypeError(f"`feedback` must be a list, got {feedback!r}. Pass [{feedback!r}].")
-    for entry in feedback:
-        if not isinstance(entry, Feedback):
-            raise TypeError(
-                f"`feedback` must hold feedback such as `ClassReweighting()` or `AttentionGuidance()`, got {entry!r}."
-            )
-    return tuple(feedback)
-
-
-def _monitored(report: BiasReport) -> Mapping[str, float]:
-    """What a user selects models by; always the same names."""
-    names = _MONITORED if report.has_groups else _MONITORED[:-1]
-    return {name: float(getattr(report, name)) for name in names}
+            log_report(trainer, self._writer, self._folder, report, self._loop.ledger, actions, written, self._prefix)

@@ -30,6 +30,13 @@ class Associations(NamedTuple):
         presence_z: Standard score of the number of errors with the token present; positive where errors go with it.
         presence_p_value: Two-sided probability of such a score by chance, for one token.
         support: Number of wrong and of right samples that hold the token, ``(tokens, 2)``, int64.
+        wrong_mean: Mean of :func:`~attn_callbacks.metrics.association.token_attention`, from 0 to 1 with one half for
+            chance, in samples that are predicted wrong: what is compared.
+        right_mean: The same in samples of the same classes that are predicted right.
+        mean_error: Standard error of ``wrong_mean - right_mean``, which over it is ``z``.
+        wrong_presence: Share of the wrong predictions that hold the token, had they the classes that the test weighs.
+        right_presence: The same of right predictions; the difference is the risk difference of Mantel and Haenszel.
+        presence_error: Standard error of ``wrong_presence - right_presence``, which over it is ``presence_z``.
     """
 
     wrong: Tensor
@@ -41,6 +48,24 @@ class Associations(NamedTuple):
     presence_z: Tensor
     presence_p_value: Tensor
     support: Tensor
+    wrong_mean: Tensor
+    right_mean: Tensor
+    mean_error: Tensor
+    wrong_presence: Tensor
+    right_presence: Tensor
+    presence_error: Tensor
+
+
+class _Compared(NamedTuple):
+    """Two figures, of wrong and of right predictions, and how sure their difference is; ``(tokens,)`` each."""
+
+    wrong: Tensor
+    right: Tensor
+    error: Tensor
+    z: Tensor
+
+    def where(self, known: Tensor) -> _Compared:
+        return _Compared(*(field.where(known, torch.nan) for field in self))
 
 
 def associations(state: TokenSums, min_support: int = 10) -> Associations:
@@ -53,7 +78,9 @@ def associations(state: TokenSums, min_support: int = 10) -> Associations:
 
     Presence: the Cochran-Mantel-Haenszel test of the error against presence, given the totals of each class, with its
     continuity correction and a correction for skewness: with few expected errors the plain score would be far too sure
-    of itself, and thousands of tokens are looked at.
+    of itself, and thousands of tokens are looked at. The shares of wrong and right predictions that hold the token are
+    averaged over classes with the same weights as the means, so that their difference has the sign of the score: over
+    all classes at once it may have the other.
 
     A token that is only found by its presence may simply be hard to read; one that is found by attention as well is
     where the model looks when it errs. Neither says that the model relies on it: randomise it and measure.
@@ -83,23 +110,21 @@ def associations(state: TokenSums, min_support: int = 10) -> Associations:
     at_least("min_support", min_support, 2)
     counts = state.sums[..., 0]  # (strata, 2, tokens)
     support = counts.sum(dim=0)
-    means, z = _compare_attention(*state.sums.unbind(dim=-1))
-    known = (support >= min_support).all(dim=0)
-    wrong, right = (means / (1 - means)).where(known, torch.nan)
-    z = z.where(known, torch.nan)
-    odds, presence = _compare_presence(counts, state.samples.double())
+    attention = _compare_attention(*state.sums.unbind(dim=-1)).where((support >= min_support).all(dim=0))
     held = support.sum(dim=0)
     known = (held >= min_support) & (state.samples.sum() - held >= min_support)
-    odds, presence = odds.where(known, torch.nan), presence.where(known, torch.nan)
-    attention = (wrong, right, wrong / right, z, _two_sided(z))
-    return Associations(*attention, odds, presence, _two_sided(presence), support.mT.long())
+    presence = _compare_presence(counts, state.samples.double()).where(known)
+    odds = _odds_ratio(counts, state.samples.double()).where(known, torch.nan)
+    wrong, right = (mean / (1 - mean) for mean in attention[:2])
+    return Associations(
+        *(wrong, right, wrong / right, attention.z, _two_sided(attention.z)),
+        *(odds, presence.z, _two_sided(presence.z), support.mT.long()),
+        *(*attention[:3], *presence[:3]),
+    )
 
 
-def _compare_attention(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means ``(2, tokens)`` of wrong and right over strata weighted alike, and the score of the difference.
-
-    All arguments are ``(strata, 2, tokens)``.
-    """
+def _compare_attention(count: Tensor, first: Tensor, second: Tensor) -> _Compared:
+    """Compare the means of wrong and right over strata weighted alike; all arguments are ``(strata, 2, tokens)``."""
     mean = first / count.clamp_min(1.0)
     both = (count > 0).all(dim=1, keepdim=True)
     weight = (count.prod(dim=1) / count.sum(dim=1).clamp_min(1.0))[:, None]
@@ -110,8 +135,8 @@ def _compare_attention(count: Tensor, first: Tensor, second: Tensor) -> tuple[Te
     variance = (about / freedom).clamp_min(_LEAST_VARIANCE)
     parts = variance * (weight**2 / count.clamp_min(1.0)).sum(dim=0)
     squared = parts.sum(dim=0)
-    t = (means[0] - means[1]) / squared.sqrt()
-    return means, _score_of_t(t, squared**2 / (parts**2 / freedom).sum(dim=0))
+    z = _score_of_t((means[0] - means[1]) / squared.sqrt(), squared**2 / (parts**2 / freedom).sum(dim=0))
+    return _Compared(means[0], means[1], _error_of(means[0] - means[1], z, squared.sqrt()), z)
 
 
 def _score_of_t(t: Tensor, freedom: Tensor) -> Tensor:
@@ -120,22 +145,35 @@ def _score_of_t(t: Tensor, freedom: Tensor) -> Tensor:
     return t.sign() * (8 * freedom + 1) / (8 * freedom + 3) * size
 
 
-def _compare_presence(count: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the common odds ratio and the score of errors with the token present, ``(tokens,)`` each.
+def _odds_ratio(count: Tensor, samples: Tensor) -> Tensor:
+    """Return the common odds ratio of an error, ``(tokens,)``; arguments as below."""
+    absent, size = samples[..., None] - count, samples.sum(dim=1, keepdim=True).clamp_min(1.0)
+    return (count[:, 0] * absent[:, 1] / size).sum(dim=0) / (count[:, 1] * absent[:, 0] / size).sum(dim=0)
+
+
+def _compare_presence(count: Tensor, samples: Tensor) -> _Compared:
+    """Compare the shares of wrong and right samples that hold the token, over strata weighted alike.
 
     ``count`` is ``(strata, 2, tokens)``, ``samples`` ``(strata, 2)``. Given its margins, a table is hypergeometric.
     """
     total = samples.sum(dim=1, keepdim=True)  # (strata, 1)
     present, errors = count.sum(dim=1), samples[:, :1]
-    absent = samples[..., None] - count
     size = total.clamp_min(1.0)
-    odds = (count[:, 0] * absent[:, 1] / size).sum(dim=0) / (count[:, 1] * absent[:, 0] / size).sum(dim=0)
+    weight = samples.prod(dim=1) / size[:, 0]
+    shares = torch.einsum("s,sot->ot", weight / weight.sum(), count / samples.clamp_min(1.0)[..., None])
     excess = (count[:, 0] - present * errors / size).sum(dim=0)
     spread = present * errors * (total - present) * (total - errors) / (size**2 * (total - 1).clamp_min(1.0))
     skew = spread * (total - 2 * errors) * (total - 2 * present) / (size * (total - 2).clamp_min(1.0))
     deviation = spread.sum(dim=0).sqrt()
     excess = excess.sign() * (excess.abs() - 0.5).clamp_min(0.0)
-    return odds, _score_of_skewed(excess / deviation, skew.sum(dim=0) / deviation**3)
+    z = _score_of_skewed(excess / deviation, skew.sum(dim=0) / deviation**3)
+    return _Compared(shares[0], shares[1], _error_of(shares[0] - shares[1], z, deviation / weight.sum()), z)
+
+
+def _error_of(difference: Tensor, z: Tensor, plain: Tensor) -> Tensor:
+    """Return the standard error of which the difference is ``z``; the plain one where both are about zero."""
+    fitting = difference / z
+    return fitting.where(fitting > 0, plain)
 
 
 def _score_of_skewed(x: Tensor, skewness: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from attn_callbacks._checks import at_least
 from attn_callbacks.metrics.labels import LabelAccumulator, label_vector
 from attn_callbacks.metrics.moments import mean_and_error
 
-__all__ = ["ClassMass", "ClassMassResult", "pooled_mass"]
+__all__ = ["ClassMass", "ClassMassResult"]
 
 
 class ClassMassResult(NamedTuple):
@@ -25,7 +25,7 @@ class ClassMassResult(NamedTuple):
         outcome_mass: As ``mass``, ``(classes, 2)``, for the samples whose outcome was given.
         outcome_support: As ``support``, ``(classes, 2)``.
         outcome_error: As ``error``, ``(classes, 2)``.
-        outcome_lift: As ``lift``, ``(classes, 2)``.
+        share: Mean share of the set among the valid tokens, ``(classes,)``: the mass that is chance. float64.
     """
 
     mass: Tensor
@@ -35,7 +35,7 @@ class ClassMassResult(NamedTuple):
     outcome_mass: Tensor
     outcome_support: Tensor
     outcome_error: Tensor
-    outcome_lift: Tensor
+    share: Tensor
 
 
 class ClassMass(LabelAccumulator):
@@ -75,7 +75,7 @@ class ClassMass(LabelAccumulator):
         self.add_zeros("sums", num_classes, 2)  # mass, share
         self.add_zeros("support", num_classes, dtype=torch.int64)
         self.add_zeros("squares", num_classes)  # mass ** 2
-        self.add_zeros("outcome_sums", num_classes, 2, 3)  # wrong and right: mass, share, mass ** 2
+        self.add_zeros("outcome_sums", num_classes, 2, 2)  # wrong and right: mass, mass ** 2
         self.add_zeros("outcome_support", num_classes, 2, dtype=torch.int64)
 
     def update(self, mass: Tensor, share: Tensor, target: Tensor, right: Tensor | None = None) -> None:
@@ -107,46 +107,19 @@ class ClassMass(LabelAccumulator):
         self.writable("support").index_add_(0, index, counted.long())
         known = counted if right is not None else torch.zeros_like(counted)
         outcome = index * 2 if right is None else index * 2 + right.long()
-        self.writable("outcome_sums").view(-1, 3).index_add_(0, outcome, added.where(known[:, None], 0.0))
+        added = added[:, ::2].where(known[:, None], 0.0)  # mass, mass ** 2
+        self.writable("outcome_sums").view(-1, 2).index_add_(0, outcome, added)
         self.writable("outcome_support").view(-1).index_add_(0, outcome, known.long())
 
     def compute(self) -> ClassMassResult:
-        """Return mean mass, lift, support and standard error of every class, and of its wrong and right predictions."""
+        """Return mean mass, lift and share of every class, and the mean mass of its wrong and right predictions."""
         self.check_labels()
         first, share = self.sums.unbind(dim=-1)
         mass, error = mean_and_error(self.support, first, self.squares)
         by_class = (mass, first / share, self.support, error)
-        first, share, second = self.outcome_sums.unbind(dim=-1)
-        mass, error = mean_and_error(self.outcome_support, first, second)
-        return ClassMassResult(*by_class, mass, self.outcome_support, error, first / share)
+        by_outcome = mean_and_error(self.outcome_support, *self.outcome_sums.unbind(dim=-1))
+        return ClassMassResult(*by_class, by_outcome[0], self.outcome_support, by_outcome[1], share / self.support)
 
     def label_limits(self) -> tuple[int, ...]:
         """Return the number of classes."""
         return (self.num_classes,)
-
-
-def pooled_mass(mass: Tensor, error: Tensor, support: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean mass, standard error and support of all classes together, as if they had never been told apart.
-
-    Between right and wrong predictions of all classes the mass may differ only because the hard classes are the ones
-    whose samples attract attention: compare class by class before concluding.
-
-    Args:
-        mass: Mean mass of each class; NaN without a sample.
-        error: Standard error of ``mass``; NaN below two samples.
-        support: Number of samples.
-
-    Shape:
-        - mass, error, support: ``(classes, ...)``
-        - output: three of ``(...)``; the mean is NaN without a sample, its error below two
-
-    Example:
-        >>> mass, error = torch.tensor([0.1, 0.3]).double(), torch.tensor([torch.nan, 0.1]).double()
-        >>> pooled_mass(mass, error, torch.tensor([1, 2]))
-        (tensor(0.2333, dtype=torch.float64), tensor(0.0882, dtype=torch.float64), tensor(3))
-    """
-    first = (support * mass).where(support > 0, 0.0)
-    within = (support * (support - 1) * error**2).where(support > 1, 0.0)  # squares about the mean of the class
-    second = (support * mass**2).where(support > 0, 0.0) + within
-    total = support.sum(dim=0)
-    return *mean_and_error(total, first.sum(dim=0), second.sum(dim=0)), total

@@ -213,3 +213,94 @@ def test_an_error_in_the_measurement_keeps_the_report(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="The measurement of reliance by `BiasMonitor` is switched off.*no more"):
         report = measured(Failing(4), tmp_path).report
     assert int(report.support.sum()) == SAMPLES
+
+
+class Marked(Words):
+    """With marks of a shape to choose."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**super().__getitem__(index), "spurious": torch.ones(self.shape, dtype=torch.bool)}
+
+
+def test_marks_that_lie_on_no_attention_are_told_once(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Attention on 'spurious' tokens is not measured.*shape") as caught:
+        report = measured(Looking(), tmp_path, Marked(4)).report
+    assert len([w for w in caught if "is not measured" in str(w.message)]) == 1
+    assert report.attention == {}
+
+
+class Pictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Pictures with marks on pixels."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        torch.manual_seed(index)
+        pixels = torch.zeros(16, 16, dtype=torch.bool)
+        pixels[:4, :10] = True  # two patches, and half a third
+        return torch.rand(3, 16, 16), torch.tensor(index % 2), pixels
+
+
+def test_marks_on_pixels_are_measured_in_attention_and_in_reliance(tmp_path: Path) -> None:
+    from tests.callbacks.models import Vit
+
+    report = measured(Classifier(Vit()), tmp_path, Pictures(), schema=BatchSchema(spurious=2)).report
+    share = report.attention["spurious"]
+    assert (share.mass / share.lift).tolist() == pytest.approx([2 / 17, 2 / 17], rel=1e-4)
+    assert report.reliance["spurious"].support == 32
+
+
+@pytest.mark.parametrize("field", ["target", "group"])
+def test_names_in_place_of_numbers_are_told_in_a_sentence(field: str, tmp_path: Path) -> None:
+    schema = BatchSchema(**{field: lambda batch: ["cat"] * len(batch["labels"])})
+    with pytest.warns(UserWarning, match=rf"`{field}` must hold one number a sample, got \['cat'.*names.index"):
+        measured(Reading(1), tmp_path, schema=schema)
+
+
+def test_a_network_that_draws_numbers_in_evaluation_draws_the_same_ones(tmp_path: Path) -> None:
+    class Drawing(Reading):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + 0 * torch.rand(1)
+
+    def state_after(callbacks: list[Any]) -> Tensor:
+        torch.manual_seed(0)
+        quiet_trainer(tmp_path, callbacks).validate(Drawing(4), DataLoader(Words(), 8), verbose=False)
+        return torch.get_rng_state()
+
+    assert torch.equal(state_after([]), state_after([BiasMonitor(min_support=5)]))
+
+
+def test_nothing_of_a_validation_is_kept(tmp_path: Path) -> None:
+    monitor = measured(Reading(4), tmp_path)
+    assert monitor.report.reliance["spurious"].support == SAMPLES
+    assert monitor._sensor._probe is None
+    assert monitor._sensor._sums._metrics == {}
+
+
+def test_two_monitors_of_two_loaders_keep_apart(tmp_path: Path) -> None:
+    from tests.callbacks.models import csv_logger
+
+    monitors = [BiasMonitor(min_support=5), BiasMonitor(min_support=5, dataloader="other")]
+
+    class Both(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return {"logits": self(batch)}
+
+    class Grouped(Words):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            row = super().__getitem__(index)
+            return {**row, "attention_mask": torch.ones(LENGTH), "group": row["labels"]}
+
+    trainer = quiet_trainer(tmp_path, monitors, logger=csv_logger(tmp_path))
+    half = torch.utils.data.Subset(Grouped(), range(0, SAMPLES, 2))
+    loaders = {"first": DataLoader(Grouped(), 8), "other": DataLoader(half, 8)}
+    trainer.fit(Both(), DataLoader(Grouped(), 8), loaders)
+    assert [int(monitor.report.support.sum()) for monitor in monitors] == [SAMPLES, SAMPLES // 2]
+    names = {path.name for path in (tmp_path / "run" / "attention").iterdir()}
+    assert {"bias.jsonl", "ledger.jsonl", "bias_other.jsonl", "ledger_other.jsonl"} <= names
+    assert {"bias/accuracy", "bias/worst_cell_recall", "bias/other/accuracy"} <= set(trainer.callback_metrics)
