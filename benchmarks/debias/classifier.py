@@ -106,6 +106,7 @@ def fit(
             max_steps=module.steps,
             callbacks=list(callbacks),
             limit_val_batches=1.0 if callbacks else 0,
+            val_check_interval=1 / work.checks,
             num_sanity_val_steps=0,
             logger=False,
             enable_checkpointing=False,

