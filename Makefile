@@ -9,7 +9,7 @@ DATA := $(VENV)/.data
 UNFINISHED := $(VENV)/.unfinished
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench clean
+.PHONY: help demo test slow lint format bench debias clean
 .SUFFIXES:
 
 help: ## Show this list
@@ -39,6 +39,10 @@ format: $(INSTALLED) ## Format the code and cure what ruff can cure by itself
 
 bench: $(INSTALLED) data ## Measure what looking costs; 15 minutes, wants a quiet machine (ARGS="--quick", table names, "losses" for the losses)
 	@$(PY) -m benchmarks --out runs/benchmarks $(ARGS)
+
+debias: $(INSTALLED) data ## Compare methods against bias on five data sets; hours on two cores (ARGS="--work decoy-digits --methods erm,ours --seeds 2")
+	@$(PIP) install --no-deps -r requirements-debias.txt
+	@$(PY) -m benchmarks.debias --out runs/debias $(ARGS)
 
 clean: ## Remove caches and build products; keeps .venv and runs
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

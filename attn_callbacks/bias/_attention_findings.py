@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attn_callbacks.bias._feature_findings import reliance_findings
-from attn_callbacks.bias._judge import ANSWERS, amount, beyond_chance
+from attn_callbacks.bias._feature_findings import reliance_findings, without_set
+from attn_callbacks.bias._judge import ANSWERS, amount, beyond_chance, called
 from attn_callbacks.bias.corrections import normal_p
 from attn_callbacks.bias.finding import Finding
 from attn_callbacks.bias.intervals import deviations, normal_interval
@@ -41,7 +41,8 @@ def attention_findings(report: BiasReport) -> Iterator[Finding]:
         (name, share), at = shares[place], (place, label)
         low, high = interval[at].tolist()
         text = (
-            f"Class {report.class_names[label]}: {share.mass[label]:.2f} of the attention falls on {name} tokens, "
+            f"{called('Class', report.class_names[label])}: {share.mass[label]:.2f} of the attention falls on {name} "
+            "tokens, "
             f"{amount(size[at], (low, high))} {_JUDGED[name][1]} chance, on {share.support[label]} samples. "
             f"{_reliance(report, name)}"
         )
@@ -69,7 +70,7 @@ def _reliance(report: BiasReport, name: str) -> str:
     reliance = report.reliance.get(name)
     if reliance is None or reliance.support < report.min_support:
         return "Whether predictions rely on them was not measured: mass is not reliance."
-    changed = f"without what they hold, the outcome of {amount(reliance.changed, reliance.changed_interval)} changes."
+    changed = f"without what they hold, {without_set(reliance)}."
     if any(finding.where == name for finding in reliance_findings(report)):
         return f"Predictions do rely on them: {changed}"
     return f"Predictions were not seen to rely on them: {changed}"

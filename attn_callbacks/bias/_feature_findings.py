@@ -19,12 +19,16 @@ from attn_callbacks.bias.reliance import Reliance
 if TYPE_CHECKING:
     from attn_callbacks.bias.report import BiasReport
 
-__all__ = ["candidate_chance", "candidate_findings", "reliance_findings"]
+__all__ = ["candidate_chance", "candidate_findings", "is_marked", "reliance_findings", "without_set"]
 
 _MARK = (
     "If it should not decide, mark it as spurious in the batch schema: reliance on it is then measured, and feedback "
     "can act."
 )
+_QUANTITY = {
+    "attention": "attention, 0.5 being chance, of {wrong} in wrong predictions and {right} in right ones",
+    "presence": "it is in a share of {wrong} of wrong predictions and {right} of right ones",
+}
 _CLASSES = 3
 """Classes that a finding tells."""
 
@@ -32,8 +36,8 @@ _CLASSES = 3
 def reliance_findings(report: BiasReport) -> Iterator[Finding]:
     """Yield token sets without which outcomes change; relevant tokens are there to be relied on.
 
-    Either accuracy falls beyond chance, or surely more than one outcome in ten changes: where validation is balanced
-    over a shortcut, as many get right without it as get wrong.
+    Either accuracy falls beyond chance, or surely more than one outcome in ten changes, which is what is held to be
+    worth acting on: where validation is balanced over a shortcut, as many get right without it as get wrong.
 
     Args:
         report: The report.
@@ -48,11 +52,7 @@ def reliance_findings(report: BiasReport) -> Iterator[Finding]:
     p_values, found = beyond_chance(size, chance)
     for (place,) in found:
         name, reliance = sets[place]
-        text = (
-            f"Predictions rely on {name} tokens: without what they hold ({reliance.method}) the outcome of "
-            f"{amount(reliance.changed, reliance.changed_interval)} of {reliance.support} samples changes, and "
-            f"accuracy goes from {reliance.before:.2f} to {reliance.after:.2f}."
-        )
+        text = f"Predictions rely on {name} tokens: without what they hold ({reliance.method}) {without_set(reliance)}."
         yield Finding(
             "feature",
             name,
@@ -67,6 +67,14 @@ def reliance_findings(report: BiasReport) -> Iterator[Finding]:
         )
 
 
+def without_set(reliance: Reliance) -> str:
+    """Say what happens without a set, in the same figures wherever it is told."""
+    return (
+        f"the outcome of {amount(reliance.changed, reliance.changed_interval)} of {reliance.support} samples changes, "
+        f"and accuracy goes from {reliance.before:.2f} to {reliance.after:.2f}"
+    )
+
+
 def _drop_chance(reliance: Reliance) -> float:
     """Probability of such a fall of accuracy by chance; a rise is no reliance."""
     return reliance.p_value if reliance.drop > 0 else 1.0
@@ -78,22 +86,28 @@ def candidate_findings(report: BiasReport) -> Iterator[Finding]:
     Args:
         report: The report.
     """
-    if report.has_groups or "spurious" in report.attention or "spurious" in report.reliance:
+    if report.has_groups or is_marked(report):
         return
     size = torch.tensor([candidate.difference for candidate in report.candidates], dtype=torch.float64)
     p_values, found = beyond_chance(size, _raw_chance(report), _comparisons(report))
     for (place,) in found:
         candidate = report.candidates[place]
         error = _error(candidate)
-        low, high = candidate.difference - deviations() * error, candidate.difference + deviations() * error
+        reach = deviations() * error
+        low, high = candidate.difference - reach, min(1.0, candidate.difference + reach)
+        seen = _QUANTITY[candidate.kind].format(wrong=f"{candidate.wrong:.2f}", right=f"{candidate.right:.2f}")
         text = (
-            f"Candidate {candidate.name} goes with errors: {candidate.wrong:.2f} in wrong predictions, "
-            f"{candidate.right:.2f} in right ones, a difference of {amount(candidate.difference, (low, high))}, on "
-            f"{candidate.support} samples. {_MARK}"
+            f"Candidate {candidate.name} goes with errors: {seen}, a difference of "
+            f"{amount(candidate.difference, (low, high))}, on {candidate.support} samples. {_MARK}"
         )
-        where, chance = candidate.name, float(p_values[place])
+        where, chance = candidate.where, float(p_values[place])
         size_found, evidence = candidate.difference, tuple(f"Example: {example}" for example in candidate.examples)
         yield Finding("feature", where, size_found, error, candidate.support, text, (low, high), chance, (), evidence)
+
+
+def is_marked(report: BiasReport) -> bool:
+    """Tell whether somebody marked what is spurious, so that nobody has to guess."""
+    return "spurious" in report.attention or "spurious" in report.reliance
 
 
 def candidate_chance(report: BiasReport) -> Tensor:
@@ -115,7 +129,9 @@ def _comparisons(report: BiasReport) -> int:
 
 
 def _error(candidate: Candidate) -> float:
-    """Standard error that fits the difference and its p-value."""
+    """Standard error of the difference; where it was not given, that which fits the p-value."""
+    if candidate.error > 0:
+        return candidate.error
     chance = min(max(candidate.p_value, 1e-300), 1.0) / 2
     return candidate.difference / -NormalDist().inv_cdf(chance) if chance < 0.5 else torch.inf
 

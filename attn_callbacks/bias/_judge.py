@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from attn_callbacks.bias.corrections import holm
 
-__all__ = ["ANSWERS", "DEAD_BAND", "LEVEL_OF_CHANCE", "amount", "beyond_chance", "share_of"]
+__all__ = ["ANSWERS", "DEAD_BAND", "LEVEL_OF_CHANCE", "amount", "beyond_chance", "called", "share_of"]
 
 DEAD_BAND = 0.02
 """Sizes up to this are left alone, however sure."""
@@ -43,6 +44,12 @@ def beyond_chance(size: Tensor, p_values: Tensor, comparisons: int = 0) -> tuple
     corrected = holm(p_values, comparisons)
     indices = ((size > DEAD_BAND) & (corrected < LEVEL_OF_CHANCE)).nonzero()
     return corrected, [tuple(index) for index in indices.tolist()]
+
+
+def called(what: str, name: str) -> str:
+    """Say what a name is of, unless it says so itself: "group indoors", but "group 1"."""
+    says = re.match(rf"{what}(?![a-z])", name, re.IGNORECASE)
+    return name if says else f"{what} {name}"
 
 
 def amount(size: float | Tensor, interval: Sequence[float] | Tensor) -> str:

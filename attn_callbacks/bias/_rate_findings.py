@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attn_callbacks.bias._judge import ANSWERS, amount, beyond_chance, share_of
+from attn_callbacks.bias._judge import ANSWERS, amount, beyond_chance, called, share_of
 from attn_callbacks.bias.finding import Finding
 from attn_callbacks.bias.peers import shortfall_interval, shortfall_p
 from attn_callbacks.bias.rates import rate_error, shortfall
@@ -69,7 +69,7 @@ def class_findings(report: BiasReport) -> Iterator[Finding]:
     compared = _Compared(report.recall, report.class_support, report.min_support)
     for index in compared.found:
         name = report.class_names[index[0]]
-        text = f"Class {name}: recall {{}} below the mean of the other classes."
+        text = f"{called('Class', name)}: recall {{}} below the mean of the other classes."
         yield compared.finding(index, "class", name, text, tuple(_about_class(report, index[0])))
 
 
@@ -82,7 +82,7 @@ def group_findings(report: BiasReport) -> Iterator[Finding]:
     compared = _Compared(report.group_accuracy, report.group_support, report.min_support)
     for index in compared.found:
         name = report.group_names[index[0]]
-        text = f"Group {name}: accuracy {{}} below the mean of the other groups."
+        text = f"{called('Group', name)}: accuracy {{}} below the mean of the other groups."
         yield compared.finding(index, "group", name, text, tuple(_about_group(report, index[0])))
 
 
@@ -99,7 +99,8 @@ def cell_findings(report: BiasReport) -> Iterator[Finding]:
     compared = _Compared(report.cell_recall, report.support, report.min_support, single)
     for index in compared.found:
         group, label = report.group_names[index[0]], report.class_names[index[1]]
-        text = f"Group {group}, class {label}: recall {{}} below the same class in the other groups."
+        where = f"{called('Group', group)}, {called('class', label)}"
+        text = f"{where}: recall {{}} below the same class in the other groups."
         yield compared.finding(index, "group", f"{group}, {label}", text, tuple(_about_cell(report, *index)))
 
 

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attn_callbacks.bias._feature_findings import candidate_chance
+from attn_callbacks.bias._feature_findings import candidate_chance, is_marked
+from attn_callbacks.bias._judge import LEVEL_OF_CHANCE
 from attn_callbacks.bias._table import MAX_ROWS, chance, lowest_rows, number, table, with_interval
 
 if TYPE_CHECKING:
     from attn_callbacks.bias.report import BiasReport
 
 __all__ = ["attention", "candidates", "cells", "classes", "divergence", "fairness", "groups", "priors", "reliance"]
+
+_HINTS = 5
+"""Candidates that are shown where fewer are beyond chance."""
 
 
 def classes(report: BiasReport) -> Iterator[str]:
@@ -103,11 +107,14 @@ def divergence(report: BiasReport) -> Iterator[str]:
     place = int(pairs.argmax())
     first, second = (report.class_names[index] for index in divmod(place, len(report.class_names)))
     if float(pairs.max()) > 0:
-        yield (f"\nAttention differs most between {first} and {second}: Jensen-Shannon distance {number(pairs.max())}.")
+        yield (
+            f"\nAttention by position in the sequence differs most between {first} and {second}: Jensen-Shannon "
+            f"distance (base 2, less what chance gives) {number(pairs.max())}."
+        )
 
 
 def reliance(report: BiasReport) -> Iterator[str]:
-    """Yield the table of what predictions lose without a token set."""
+    """Yield the table of what becomes of predictions without a token set."""
     sets = list(report.reliance.values())
     if not sets:
         return
@@ -117,18 +124,28 @@ def reliance(report: BiasReport) -> Iterator[str]:
         "accuracy": lambda i: number(sets[i].before),
         "without": lambda i: number(sets[i].after),
         "drop": lambda i: with_interval(sets[i].drop, sets[i].interval),
-        "p": lambda i: chance(sets[i].p_value),
+        "p of drop": lambda i: chance(sets[i].p_value),
+        "changed": lambda i: with_interval(sets[i].changed, sets[i].changed_interval),
+        "p of changed": lambda i: chance(sets[i].changed_p_value),
         "most in": lambda i: _hardest(report, sets[i].class_drop),
     }
     yield from table("reliance on", range(len(sets)), list(report.reliance), columns, ["method", "most in"])
+    yield (
+        "\nDrop: accuracy lost, tested against none. Changed: share of outcomes that change, tested against one in "
+        "ten, which is held to be worth acting on. Neither p is corrected."
+    )
 
 
 def candidates(report: BiasReport) -> Iterator[str]:
-    """Yield the table of what may be spurious."""
-    found, corrected = report.candidates, candidate_chance(report)
-    if not found:
+    """Yield the table of what may be spurious, the surest first, unless somebody marked what is."""
+    corrected = candidate_chance(report)
+    order = [int(place) for place in corrected.argsort(stable=True)]
+    shown = [place for rank, place in enumerate(order) if rank < _HINTS or corrected[place] < LEVEL_OF_CHANCE]
+    if not shown or is_marked(report):
         return
+    found, corrected = [report.candidates[place] for place in shown[:MAX_ROWS]], corrected[shown]
     columns: dict[str, Callable[[int], str]] = {
+        "tied by": lambda i: found[i].kind,
         "samples": lambda i: str(found[i].support),
         "if wrong": lambda i: number(found[i].wrong),
         "if right": lambda i: number(found[i].right),
@@ -136,8 +153,13 @@ def candidates(report: BiasReport) -> Iterator[str]:
         "p, corrected": lambda i: chance(corrected[i]),
         "example": lambda i: found[i].examples[0] if found[i].examples else "",
     }
-    rows = range(min(len(found), MAX_ROWS))
-    yield from table("candidate", rows, [candidate.name for candidate in found[:MAX_ROWS]], columns, ["example"])
+    names = [candidate.name for candidate in found]
+    yield from table("candidate", range(len(found)), names, columns, ["tied by", "example"])
+    yield (
+        "\nAttention: mean of v / (1 + v), with v the attention on an occurrence over uniform attention, so that 0.5 "
+        "is chance. Presence: share of samples that hold it. Wrong predictions are compared with right ones of the "
+        "same classes."
+    )
 
 
 def _hardest(report: BiasReport, drop: Tensor) -> str:

@@ -24,8 +24,9 @@ def diagnose(report: BiasReport) -> tuple[Finding, ...]:
     what has minimum support is compared. Classes, groups and cells are tested against the mean of their peers to the
     one side that would be a bias, everything else to both sides.
 
-    Attention mass never makes a finding of kind ``"feature"``: only a loss of accuracy does, or, where neither groups
-    nor spurious tokens are known, a candidate to be looked at.
+    Attention mass never makes a finding of kind ``"feature"``: only outcomes that change without the set do, because
+    accuracy falls beyond chance or because surely more than one in ten changes (a threshold of what is worth acting
+    on); or, where neither groups nor spurious tokens are known, a candidate to be looked at.
 
     Args:
         report: The report.

@@ -19,8 +19,9 @@ class Finding:
             acts on the kinds it can cure.
         where: Name of the class or group; ``"group, class"``; name of the token set or candidate; for attention
             ``"set, class"``.
-        size: How much is missing: recall or accuracy below the mean of the peers, accuracy lost without the set, or
-            attention mass off chance. In (0, 1].
+        size: How much there is of it: recall or accuracy below the mean of the peers, share of outcomes that change
+            without the set, attention mass off chance, or the difference of a candidate between wrong and right
+            predictions. In (0, 1].
         standard_error: Standard error of ``size``.
         support: Number of samples behind it.
         text: What was found, in a sentence or two.

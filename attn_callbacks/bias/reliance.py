@@ -1,4 +1,4 @@
-"""Functional reliance: what predictions lose when a token set no longer tells anything."""
+"""Functional reliance: which outcomes change when a token set no longer tells anything."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from torch import Tensor
 from attn_callbacks.bias._held import check_axes_of, hold
 from attn_callbacks.bias.intervals import paired_interval, wilson_interval
 from attn_callbacks.bias.rates import rate, rate_error
+from attn_callbacks.metrics.reliance import accuracy_drop
 
 __all__ = ["Reliance"]
 
-_TOUCHED = 0.1
+_WORTH_ACTING = 0.1
+"""Share of changed outcomes from which on reliance is worth acting on: declared, nothing that chance would change."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reliance:
-    """Accuracy lost when a token set is shuffled across samples: what attention mass cannot tell.
+    """Outcomes that change when a token set is shuffled across samples: what attention mass cannot tell.
 
-    The same samples are predicted before and after, so that only those whose outcome changed count for the test.
+    The same samples are predicted before and after, so that only those whose outcome changed count. There are two
+    questions: has accuracy fallen beyond chance (:attr:`drop`, :attr:`p_value`), and do more than one outcome in ten
+    change, either way (:attr:`changed`, :attr:`changed_p_value`)? One in ten is a declared threshold of what is worth
+    acting on, not what chance changes.
 
     Args:
         counts: Number of samples of each class by outcome before and outcome after: wrong 0, right 1.
@@ -74,7 +79,7 @@ class Reliance:
     @property
     def drop(self) -> float:
         """Accuracy lost; NaN without samples."""
-        return float(_drop(self._all))
+        return float(accuracy_drop(self._all)[0])
 
     @property
     def changed(self) -> float:
@@ -97,14 +102,17 @@ class Reliance:
 
     @property
     def changed_p_value(self) -> float:
-        """Probability that as many outcomes change where one in ten does, as by touching inputs at all."""
+        """Probability that as many outcomes change, or more, if one in ten did; NaN without samples.
+
+        One in ten is what is held to be worth acting on. It is no measurement of how many change by chance.
+        """
         changed = int(self._all[1, 0] + self._all[0, 1])
-        return _at_least(changed, self.support, _TOUCHED) if self.support else math.nan
+        return _at_least(changed, self.support, _WORTH_ACTING) if self.support else math.nan
 
     @property
     def error(self) -> float:
         """Standard error of :attr:`drop`."""
-        return float(_error(self._all))
+        return float(accuracy_drop(self._all)[1])
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -120,12 +128,12 @@ class Reliance:
     @cached_property
     def class_drop(self) -> Tensor:
         """Recall lost by each class, ``(classes,)``; NaN without samples."""
-        return _drop(self.counts)
+        return accuracy_drop(self.counts)[0]
 
     @cached_property
     def class_error(self) -> Tensor:
         """Standard error of :attr:`class_drop`, ``(classes,)``."""
-        return _error(self.counts)
+        return accuracy_drop(self.counts)[1]
 
     @cached_property
     def class_interval(self) -> Tensor:
@@ -144,21 +152,6 @@ class Reliance:
 
 _CHANGED = ("changed", "changed_error", "changed_interval", "changed_p_value")
 _BY_CLASS = ("class_support", "class_drop", "class_error", "class_interval")
-
-
-def _drop(counts: Tensor) -> Tensor:
-    return rate(counts[..., 1, 0] - counts[..., 0, 1], counts.sum(dim=(-2, -1)))
-
-
-def _error(counts: Tensor) -> Tensor:
-    r"""Standard error of paired differences; half a sample added to each cell, or no change would look certain.
-
-    Agresti and Min, "Simple Improved Confidence Intervals for Comparing Matched Proportions", 2005.
-    """
-    size = counts.sum(dim=(-2, -1)).double() + 2
-    lost, gained = counts[..., 1, 0] + 0.5, counts[..., 0, 1] + 0.5
-    error = (lost + gained - (lost - gained).square() / size).sqrt().double() / size
-    return error.where(size > 2, torch.nan)
 
 
 def _mcnemar(lost: int, gained: int) -> float:

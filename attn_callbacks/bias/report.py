@@ -49,7 +49,7 @@ class BiasReport(Extremes):
         train_counts: Number of samples of each group and class that training was fed so far.
         attention: Attention on token sets, by name, where they are annotated: ``"relevance"``, ``"spurious"``, others.
         min_support: Least number of samples behind a comparison, at least 1.
-        reliance: What is lost when a token set is shuffled across samples, by name of the set.
+        reliance: Outcomes that change when a token set is shuffled across samples, by name of the set.
         calibration: Calibration and loss by class and group.
         divergence: Jensen-Shannon distance between the mean attention of any two classes, in [0, 1].
         candidates: Tokens or image regions that may be spurious, the strongest first.

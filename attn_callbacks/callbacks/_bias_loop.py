@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.bias import BiasReport
+from attn_callbacks.callbacks._corrected import corrected_twice
+from attn_callbacks.callbacks._fed_failures import FedFailures
 from attn_callbacks.callbacks._fed_steps import FedSteps
 from attn_callbacks.callbacks._guard import message
 from attn_callbacks.callbacks._steps import tap_step
@@ -22,7 +24,6 @@ from attn_callbacks.feedback import (
     Feedback,
     Resampling,
     StepFeedback,
-    double_correction,
 )
 from attn_callbacks.feedback.ledger import Ledger, feedback_names
 
@@ -80,6 +81,8 @@ class BiasLoop:
     def start(self, trainer: Trainer, module: LightningModule, seed: int) -> list[Callable[[], None]]:
         """Bind the feedback for a new run, and return what ends its part in training steps.
 
+        A further run of the module of the last one continues it: ledger, trials and withdrawals stay.
+
         Args:
             trainer: The Trainer.
             module: The module that trains.
@@ -88,19 +91,24 @@ class BiasLoop:
         Raises:
             MisconfigurationException: If a feedback does not find what it needs.
         """
-        self.ledger, self._seed, self._sampler = Ledger(self._patience), seed, None
+        self._seed, self._sampler, self._is_told = seed, None, False
         if self.feedback and not module.automatic_optimization:
             raise MisconfigurationException(
                 "`BiasMonitor` with feedback needs automatic optimization. Use the losses in your own "
                 "`training_step` instead."
             )
+        continues = self.knows(module)
+        if not continues:
+            self.ledger = Ledger(self._patience)
+        for feedback in self.feedback:
+            feedback.hold(self._dry_run)  # first: a module that is only looked at stays as it is
+            if not continues:
+                feedback.reinstate()
         if len(self._samples) > 1:
             raise MisconfigurationException(
                 "Two feedbacks steer one sampler and would undo each other: keep one `Resampling`."
             )
         for feedback in self.feedback:
-            feedback.reinstate()
-            feedback.hold(self._dry_run)  # first: a module that is only looked at stays as it is
             with misconfigured():
                 feedback.bind(module)
         self._module = weakref.ref(module)
@@ -108,9 +116,14 @@ class BiasLoop:
         self._steps = None
         if not taking_part:
             return []
-        rank = trainer.global_rank
-        self._steps = FedSteps(module, taking_part, self._schema, lambda: self._place, lambda: (self._seed or 0, rank))
+        rank, failures = trainer.global_rank, FedFailures(self._enter, self._automatic, trainer.world_size)
+        seeds = lambda: (self._seed or 0, rank)  # noqa: E731
+        self._steps = FedSteps(module, taking_part, self._schema, lambda: self._place, seeds, failures)
         return [tap_step(module, "training_step", self._steps.tap)]
+
+    def knows(self, module: LightningModule) -> bool:
+        """Whether the last run trained this very module."""
+        return self._module is not None and self._module() is module
 
     def start_training(self, trainer: Trainer) -> None:
         """Hand over the optimisers and the sampler, once there are any."""
@@ -121,11 +134,14 @@ class BiasLoop:
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Hand over the sampler; a Trainer may have built its loader anew."""
-        if not self._samples:
+        if not self.feedback:
             return
         with misconfigured():
             if self._automatic:
                 self._choose(trainer)
+            if not self._samples:  # looked at only: a sampler of one's own corrects as well
+                self._sampler = getattr(trainer.train_dataloader, "sampler", None)
+                return
             self._sampler = training_sampler(trainer)
             for feedback in self._samples:
                 feedback.bind_sampler(self._sampler)
@@ -155,8 +171,8 @@ class BiasLoop:
         for name, feedback in zip(self._names, self.feedback, strict=True):
             if not act or feedback.withdrawn:
                 continue
-            made = list(feedback.apply(report))
-            useless = None if self._dry_run else self.ledger.useless(name, feedback, report, acted=bool(made))
+            made = [*self.ledger.first_action(name, feedback), *_applied(feedback, report)]
+            useless = None if self._dry_run else self.ledger.useless(name, feedback, report)
             if useless is not None:
                 feedback.withdraw()
                 made = [useless]
@@ -170,30 +186,16 @@ class BiasLoop:
         self.ledger.add(report, measured, actions, dry_run=self._dry_run, time=time.time(), note=notes)
         return actions
 
+    def _enter(self, feedback: Feedback, text: str) -> None:
+        self.ledger.add_between(self._names[self.feedback.index(feedback)], Action(text))
+
     def _corrected_twice(self, report: BiasReport) -> str | None:
-        """Say which cell sampling, weights and margins lift together beyond balance."""
-        sampler, module = self._sampler, self._module() if self._module else None
-        if not isinstance(sampler, DynamicDistributedSampler) or module is None:
-            return None
-        groups, classes = sampler.shares.shape
-        if classes != len(report.class_names):
-            return None
-        names = report.group_names if groups == len(report.group_names) and groups > 1 else None
-        tables = [dict(part.named_buffers(recurse=False)) for part in module.modules()]
-        for table in tables:
-            weights, shift = table.get("class_weight"), table.get("adjustment")
-            found = [each for each in (weights, shift) if each is not None]
-            if found and all(tuple(each.shape) in ((classes,), (groups, classes)) for each in found):
-                told = double_correction(
-                    sampler.natural_shares, sampler.shares, weights, shift, classes=report.class_names, groups=names
-                )
-                if told is not None:
-                    return told
-        return None
+        module = self._module() if self._module else None
+        return None if module is None else corrected_twice(self._sampler, module, report)
 
     def mean_terms(self, trainer: Trainer) -> dict[str, float]:
         """Return the mean loss term of each feedback since the last call; every process must call it."""
-        return {} if self._steps is None else self._steps.means(trainer.strategy)
+        return {} if self._steps is None else self._steps.means(trainer.strategy, trainer.is_last_batch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the feedback, the ledger and the seed."""
@@ -219,5 +221,14 @@ def misconfigured() -> Iterator[None]:
     """Name what is wrong with the set-up as the Trainer's users know it."""
     try:
         yield
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise MisconfigurationException(message(error)) from error
+
+
+def _applied(feedback: Feedback, report: BiasReport) -> list[Action]:
+    made: Any = feedback.apply(report)
+    if not isinstance(made, Sequence) or isinstance(made, str):
+        raise MisconfigurationException(
+            f"`{type(feedback).__name__}.apply` must return a list of `Action`, empty without one, got {made!r}."
+        )
+    return list(made)

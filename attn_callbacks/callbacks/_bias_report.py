@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from attn_callbacks.bias import AttentionShare, BiasReport, Calibration, Candidate, Reliance
 from attn_callbacks.callbacks._fed import FedCounts
-from attn_callbacks.metrics import associations, class_divergence
+from attn_callbacks.metrics import TokenSums, associations, class_divergence
 
 __all__ = ["build_report"]
 
@@ -72,44 +72,54 @@ def _named(kind: str, metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _share(metric: Any) -> AttentionShare:
-    found = metric.compute()
-    outcomes = (found.outcome_mass, found.outcome_support, found.outcome_error)
-    return AttentionShare(found.mass, found.lift, found.support, found.error, *outcomes)
+    return AttentionShare(**metric.compute()._asdict())
 
 
 def _candidates(
-    sums: Any, name: Callable[[int], str], examples: Callable[[int], Sequence[str]], are_places: bool
+    sums: TokenSums, name: Callable[[int], str], examples: Callable[[int], Sequence[str]], are_places: bool
 ) -> Iterator[Candidate]:
     """Yield what draws more attention in wrong predictions, then what occurs more often in them."""
-    sums = type(sums)(*(field.cpu() for field in sums))
-    found, samples = associations(sums), sums.samples.sum(dim=0)
+    found = associations(TokenSums(*(field.cpu() for field in sums)))
     held = found.support.sum(dim=1)
-    possible = held > 0 if are_places else (held > 0) & (held < _IN_ALL * samples.sum())
-    tests = [found.p_value] if are_places else [found.p_value, found.presence_p_value]
-    compared = sum(int((possible & p_value.isfinite()).sum()) for p_value in tests)
-    for token in _strongest(found.z, found.p_value, possible):
-        yield _candidate(name(token), found.wrong[token], found.right[token], found.p_value[token],
-                         held[token], examples(token), compared)  # fmt: skip
-    if are_places:
-        return
-    share = found.support / samples  # (tokens, 2): of wrong and of right predictions, those that hold it
-    for token in _strongest(found.presence_z, found.presence_p_value, possible):
-        yield _candidate(f"presence of {name(token)}", share[token, 0], share[token, 1],
-                         found.presence_p_value[token], held[token], examples(token), compared)  # fmt: skip
+    possible = held > 0 if are_places else (held > 0) & (held < _IN_ALL * sums.samples.sum().cpu())
+    ties = [_Tie("attention", found.z, found.p_value, found.wrong_mean, found.right_mean, found.mean_error, found.lift)]
+    if not are_places:
+        wrong, right = found.wrong_presence, found.right_presence
+        z, p_value, error = found.presence_z, found.presence_p_value, found.presence_error
+        ties.append(_Tie("presence", z, p_value, wrong, right, error, wrong / right))
+    compared = sum(int((possible & tie.p_value.isfinite()).sum()) for tie in ties)
+    for tie in ties:
+        for token in _strongest(tie, possible):
+            yield Candidate(
+                name=name(token),
+                lift=float(tie.lift[token]),
+                p_value=float(tie.p_value[token]),
+                wrong=float(tie.wrong[token]),
+                right=float(tie.right[token]),
+                support=int(held[token]),
+                examples=tuple(examples(token)),
+                compared=compared,
+                kind=tie.kind,
+                error=float(tie.error[token]),
+            )
 
 
-def _strongest(z: Tensor, p_value: Tensor, possible: Tensor) -> list[int]:
+class _Tie(NamedTuple):
+    """One way in which tokens may go with errors; fields other than the kind are ``(tokens,)``."""
+
+    kind: Literal["attention", "presence"]
+    z: Tensor
+    p_value: Tensor
+    wrong: Tensor
+    right: Tensor
+    error: Tensor
+    lift: Tensor
+
+
+def _strongest(tie: _Tie, possible: Tensor) -> list[int]:
     """Return the few that go with errors most surely, the surest first; equal ones in their order."""
-    (known,) = (possible & (z > 0) & p_value.isfinite()).nonzero(as_tuple=True)
-    return [int(token) for token in known[p_value[known].argsort(stable=True)[:_MOST_CANDIDATES]]]
-
-
-def _candidate(
-    name: str, wrong: Tensor, right: Tensor, p_value: Tensor, held: Tensor, examples: Sequence[str], compared: int
-) -> Candidate:
-    low = float(right)
-    lift = float(wrong) / low if low > 0 else float("inf")
-    return Candidate(name, lift, float(p_value), float(wrong), low, int(held), tuple(examples), compared)
+    (known,) = (possible & (tie.z > 0) & (tie.wrong > tie.right) & tie.p_value.isfinite()).nonzero(as_tuple=True)
+    return [int(token) for token in known[tie.p_value[known].argsort(stable=True)[:_MOST_CANDIDATES]]]
 
 
 def _last_used(counts: Tensor) -> int:

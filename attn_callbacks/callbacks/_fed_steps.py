@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.batch import BatchSchema
+from attn_callbacks.callbacks._fed_failures import FedFailures
 from attn_callbacks.callbacks._fed_step import FedStep, step_seed
 from attn_callbacks.callbacks._forward import ForwardCall
-from attn_callbacks.callbacks._guard import message
 from attn_callbacks.callbacks._steps import StepTap
 from attn_callbacks.capture import AttentionRecorder
 from attn_callbacks.feedback import StepFeedback
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
 
 __all__ = ["FedSteps"]
+
+_ENOUGH = 20
+"""Steps of part of an epoch after which having done nothing is no chance."""
 
 
 class FedSteps:
@@ -35,6 +37,7 @@ class FedSteps:
         schema: Where a batch has what.
         place: Returns the optimiser steps taken and the index of the batch.
         seed: Returns numbers that random ones depend on: of the run, and of this process.
+        failures: What becomes of feedback that cannot do its part.
     """
 
     def __init__(
@@ -44,36 +47,50 @@ class FedSteps:
         schema: BatchSchema,
         place: Callable[[], tuple[int, int]],
         seed: Callable[[], tuple[int, ...]],
+        failures: FedFailures,
     ) -> None:
         self.tap = StepTap(change=self._change, context=self._around, term=self._term)
         self._module, self._feedback, self._schema = module, tuple(feedback), schema
-        self._place, self._seed = place, seed
+        self._place, self._seed, self._failures = place, seed, failures
         self._active: list[StepFeedback] = []
         self._step: FedStep | None = None  # the present one: it holds the graph
         self._recorders: dict[tuple[str, ...] | None, AttentionRecorder] = {}
         self._changed: set[int] = set()  # feedback that changed the inputs of the present step
         self._sums: dict[int, Tensor] = {}
         self._steps: dict[int, list[int]] = {}  # by feedback: steps with a term, with other inputs, and all
+        self._begun: dict[int, int] = {}  # by feedback: steps it was active in, finished or not
+        self._all_begun = 0
+        self._from_start = False  # the first of them began an epoch
 
-    def means(self, strategy: Strategy) -> dict[str, float]:
+    def means(self, strategy: Strategy, is_whole: bool = True) -> dict[str, float]:
         """Return the mean term of each feedback since the last call, over all processes; each of them must call it.
 
         Terms are not logged step by step: a process whose batches have no marked tokens would not take part.
 
+        Args:
+            strategy: Adds up over processes.
+            is_whole: The epoch went through all its batches.
+
         Raises:
-            MisconfigurationException: If a feedback was active and had nothing to look at in any step.
+            MisconfigurationException: If a feedback was active in all of an epoch and had nothing to look at.
         """
         names = feedback_names(self._feedback)
-        own = torch.zeros(len(names), 4, dtype=torch.float64)
+        own = torch.zeros(len(names), 5, dtype=torch.float64)
         for number in range(len(names)):
-            own[number] = torch.tensor([float(self._sums.get(number, 0.0)), *self._steps.get(number, (0, 0, 0))])
-        self._sums, self._steps = {}, {}
+            missed = self._all_begun - self._begun.get(number, 0)
+            counts = self._steps.get(number, (0, 0, 0))
+            own[number] = torch.tensor([float(self._sums.get(number, 0.0)), *counts, missed])
+        is_whole = is_whole and self._from_start
+        self._sums, self._steps, self._begun, self._all_begun = {}, {}, {}, 0
         dtype = torch.float32 if strategy.root_device.type == "mps" else torch.float64
         totals = strategy.reduce(own.to(strategy.root_device, dtype), reduce_op="sum").tolist()
         found = {}
-        for name, feedback, (total, with_term, changed, steps) in zip(names, self._feedback, totals, strict=True):
-            if steps and not with_term + changed and (feedback.sees or _changes(feedback)):
-                self._tell_idle(feedback, int(steps))
+        for name, feedback, (total, with_term, changed, steps, missed) in zip(
+            names, self._feedback, totals, strict=True
+        ):
+            is_idle = not with_term + changed and (feedback.sees or _changes(feedback))
+            if is_idle and steps and not missed and (is_whole or steps >= _ENOUGH):
+                self._failures.tell_idle(feedback, int(steps))
             if with_term:
                 found[name] = total / with_term
         return found
@@ -82,33 +99,56 @@ class FedSteps:
         self._step = None
         self._changed.clear()
         self._active = [feedback for feedback in self._feedback if feedback.active]
+        number, batch_index = self._place()
+        self._begin(batch_index)
         if not self._active:
             return batch
-        number, batch_index = self._place()
         step = FedStep(self._module, self._schema, batch, number, step_seed(*self._seed(), number, batch_index))
-        with _told():
-            self._change_inputs(step)
+        self._change_inputs(step)
         self._step = step
         return step.batch
 
+    def _begin(self, batch_index: int) -> None:
+        if self._all_begun == 0:
+            self._from_start = batch_index == 0
+        self._all_begun += 1
+        for number, feedback in enumerate(self._feedback):
+            self._begun[number] = self._begun.get(number, 0) + (feedback in self._active)
+
     def _change_inputs(self, step: FedStep) -> None:
-        traced = any("inputs" in feedback.sees for feedback in self._active)
-        changing = [feedback for feedback in self._active if _changes(feedback)]
-        if not traced and not changing:
+        concerned = [each for each in self._active if _changes(each) or "inputs" in each.sees]
+        if not concerned:
             return
-        inputs = step.read_inputs()
-        for feedback in changing:
+        with self._trying(*concerned):
+            inputs = step.read_inputs()
+            for feedback in concerned:
+                if _changes(feedback):
+                    inputs = self._change_by(feedback, inputs, step)
+        traced = [feedback for feedback in self._active if "inputs" in feedback.sees]
+        if not traced:
+            return
+        with self._trying(*traced):
+            if inputs.is_floating_point():
+                leaf = inputs.detach().requires_grad_()
+                step.put_inputs(inputs, leaf)
+                inputs = leaf
+            step.call = ForwardCall(self._module, inputs, trace=True)
+
+    def _change_by(self, feedback: StepFeedback, inputs: Tensor, step: FedStep) -> Tensor:
+        with self._trying(feedback):
             other = feedback.change_inputs(inputs, step)
             if other is not None:
-                self._changed.add(id(feedback))
                 step.put_inputs(inputs, other)
-                inputs = other
-        if traced and inputs.is_floating_point():
-            leaf = inputs.detach().requires_grad_()
-            step.put_inputs(inputs, leaf)
-            inputs = leaf
-        if traced:
-            step.call = ForwardCall(self._module, inputs, trace=True)
+                self._changed.add(id(feedback))
+                return other
+        return inputs
+
+    @contextmanager
+    def _trying(self, *feedback: StepFeedback) -> Iterator[None]:
+        """What raises inside is no longer active, or ends training."""
+        with self._failures.of(feedback):
+            yield
+        self._active = [each for each in self._active if each.acting]
 
     @contextmanager
     def _around(self, batch: Any) -> Iterator[None]:
@@ -117,16 +157,25 @@ class FedSteps:
             if self._step is not None:
                 if any(feedback.second_order for feedback in self._active):
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused kernels have no second derivative
-                for recorder in self._new_recorders():
-                    stack.enter_context(recorder)
+                for layers in sorted({each.layers for each in self._active if "attention" in each.sees}, key=repr):
+                    stack.enter_context(self._recording(layers))
                 if self._step.call is not None:
                     stack.enter_context(self._step.call.watch())
             yield
 
-    def _new_recorders(self) -> Sequence[AttentionRecorder]:
-        wanted = {feedback.layers for feedback in self._active if "attention" in feedback.sees}
-        self._recorders = {layers: AttentionRecorder(self._module, layers) for layers in sorted(wanted, key=repr)}
-        return tuple(self._recorders.values())
+    @contextmanager
+    def _recording(self, layers: tuple[str, ...] | None) -> Iterator[None]:
+        """Record attention; finding none is the failure of who wanted it, and not of the step, which is done."""
+        recorder = self._recorders[layers] = AttentionRecorder(self._module, layers)
+        recorder.__enter__()
+        try:
+            yield
+        except BaseException as error:
+            recorder.__exit__(type(error), error, error.__traceback__)
+            raise
+        wanting = [each for each in self._active if "attention" in each.sees and each.layers == layers]
+        with self._trying(*wanting):
+            recorder.__exit__(None, None, None)
 
     def _term(self, batch: Any, output: Any) -> Tensor | None:
         del batch
@@ -140,24 +189,12 @@ class FedSteps:
             if feedback not in self._active:
                 continue
             step.recorder = recorders.get(feedback.layers) if "attention" in feedback.sees else None
-            with _told(), _second_order(feedback):
+            with self._trying(feedback), _second_order(feedback):
                 extra = feedback.term(step)
-            self._count(number, extra, changed=id(feedback) in self._changed)
-            if extra is not None:
-                total = extra if total is None else total + extra
+                self._count(number, extra, changed=id(feedback) in self._changed)
+                if extra is not None:
+                    total = extra if total is None else total + extra
         return total
-
-    def _tell_idle(self, feedback: StepFeedback, steps: int) -> None:
-        """Refuse what was asked for and cannot be; what switched itself on is withdrawn instead."""
-        marks = getattr(feedback, "region", None) or "relevance` or `spurious"
-        text = (
-            f"`{type(feedback).__name__}` saw no `{marks}` in {steps} training steps, so it did nothing. Say where "
-            "training batches have them: BatchSchema(spurious=...)"
-        )
-        if getattr(feedback, "when", "always") == "always":
-            raise MisconfigurationException(f"{text}.")
-        feedback.withdraw()
-        rank_zero_warn(f"{text}. It is withdrawn.")
 
     def _count(self, number: int, extra: Tensor | None, changed: bool) -> None:
         counts = self._steps.setdefault(number, [0, 0, 0])
@@ -174,15 +211,6 @@ def _second_order(feedback: StepFeedback) -> Iterator[None]:
         return
     with sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Name what is wrong with the set-up as the Trainer's users know it."""
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        raise MisconfigurationException(message(error)) from error
 
 
 def _changes(feedback: StepFeedback) -> bool:

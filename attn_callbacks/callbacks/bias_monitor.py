@@ -184,7 +184,7 @@ class BiasMonitor(ValidationObserver):
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._fitting:
             self.report, self._sensor = None, self._new_sensor()
-            if self.feedback == "automatic":
+            if self.feedback == "automatic" and not self._loop.knows(module):
                 self._loop = self._new_loop(automatic_feedback(module))
             seed = trainer.strategy.broadcast(torch.initial_seed())
             self._removes += self._loop.start(trainer, module, seed)

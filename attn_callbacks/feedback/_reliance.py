@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from attn_callbacks.bias import BiasReport, Finding
 
-__all__ = ["KIND", "feature_findings", "is_candidate", "lost_without"]
+__all__ = ["KIND", "changed_without", "feature_findings", "is_candidate"]
 
 KIND = "feature"
 
@@ -26,7 +26,7 @@ def is_candidate(report: BiasReport, finding: Finding) -> bool:
     return finding.kind == KIND and finding.where not in report.reliance
 
 
-def lost_without(report: BiasReport, name: str) -> float | None:
+def changed_without(report: BiasReport, name: str) -> float | None:
     """Return the share of outcomes that change without a set: 0 within chance, ``None`` where nobody measured.
 
     What is within chance is the diagnosis' to say: it knows how many sets were compared.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["shuffle_region", "with_features"]
+__all__ = ["moved", "shuffle_region", "with_features"]
 
 
 def shuffle_region(
@@ -36,7 +36,7 @@ def shuffle_region(
     """
     if inputs.numel() == 0:
         return inputs
-    order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+    order = moved(torch.randperm(len(inputs), generator=generator), inputs.device)
     back = order.argsort()  # place of each sample on the trip
     values = inputs.detach()
     if givers is None:
@@ -51,6 +51,17 @@ def shuffle_region(
 def with_features(mask: Tensor, inputs: Tensor) -> Tensor:
     """Return a mask with an axis of size one where ``inputs`` have features (the last) or channels (the second)."""
     return mask if mask.dim() == inputs.dim() else mask.unsqueeze(1 if inputs.dim() > 3 else -1)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """Return numbers that were drawn on the CPU on a device, without waiting for it.
+
+    Args:
+        values: On the CPU.
+        device: Where they are wanted.
+    """
+    # copies from memory that is not pinned wait until a GPU has done all it was given before
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _next_giver(givers: Tensor) -> Tensor:

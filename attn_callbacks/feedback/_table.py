@@ -19,7 +19,7 @@ from attn_callbacks.feedback.criterion import (
     weight_table,
 )
 
-__all__ = ["TableFeedback"]
+__all__ = ["TableFeedback", "numbers"]
 
 
 class TableFeedback(BoundFeedback):
@@ -77,8 +77,8 @@ class TableFeedback(BoundFeedback):
         if isinstance(start, Tensor):
             buffer = str(state["buffer"])
             self._check_saved(buffer, tuple(start.shape))
-            self._start, self._shape, self._buffer = _numbers(start), tuple(start.shape), buffer
-            self._log_weight = _numbers(log_weight) if isinstance(log_weight, Tensor) else None
+            self._start, self._shape, self._buffer = numbers(start), tuple(start.shape), buffer
+            self._log_weight = numbers(log_weight) if isinstance(log_weight, Tensor) else None
         self._updates = updates if isinstance(updates, int) else self._updates
         self._kept = bool(state.get("kept", self._kept))
         super().load_state_dict(state)
@@ -103,7 +103,7 @@ class TableFeedback(BoundFeedback):
         if self._start is None:
             self._buffer = self._choose(module)
             table = weight_table(find_weighted_loss(module, self.criterion, self._buffer), self._buffer)
-            self._start, self._shape = _numbers(table), tuple(table.shape)
+            self._start, self._shape = numbers(table), tuple(table.shape)
         self._sync()
 
     def _choose(self, module: nn.Module) -> str:
@@ -181,5 +181,6 @@ class TableFeedback(BoundFeedback):
         return "shift" if self._buffer == SHIFT else "weight"
 
 
-def _numbers(values: Tensor) -> tuple[float, ...]:
+def numbers(values: Tensor) -> tuple[float, ...]:
+    """Return the values in one row, in float64."""
     return tuple(values.detach().cpu().double().flatten().tolist())

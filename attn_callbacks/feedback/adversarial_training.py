@@ -37,7 +37,7 @@ class AdversarialTraining(SwitchedFeedback):
     Args:
         attack: Called as ``attack(closure, inputs, mask=mask)``, such as ``losses.FGM(1.0, norm="linf")``,
             ``losses.PGD()`` or ``losses.FreeLB()``; without learnable parameters.
-        loss: Loss of logits and target for the attack; ``None``: cross entropy.
+        loss: Loss of logits and target for the attack; ``None``: cross entropy, the binary one for a single logit.
         coefficient: Factor on the adversarial loss, above 0.
         region: ``"spurious"``, or a token set that the batch schema names; ``None``: all that is not padding.
         closure: What the attack differentiates: ``"loss"`` of the perturbed inputs, or their ``"logits"``, for
@@ -102,7 +102,7 @@ class AdversarialTraining(SwitchedFeedback):
         mask = step.region(self.region or "valid", inputs)
         if mask is None and self.region is not None:
             return None
-        closure = step.forward if self.closure == "logits" else self._loss_of(step)
+        closure = _logits_of(step) if self.closure == "logits" else self._loss_of(step)
         with _own_randomness(inputs, step.generator):
             term: Tensor = self.attack.to(inputs.device)(closure, inputs, mask=mask)
         if term.dim() > 0:
@@ -126,13 +126,36 @@ class AdversarialTraining(SwitchedFeedback):
                 "`AdversarialTraining` needs the label of each sample, got none. Say where training batches have them: "
                 "BatchSchema(target=...)."
             )
-        loss = F.cross_entropy if self.loss is None else self.loss
+        loss = _cross_entropy if self.loss is None else self.loss
 
         def closure(inputs: Tensor) -> Tensor:
             logits = step.forward(inputs)
             return loss(logits, target.to(logits.device))
 
         return closure
+
+
+def _is_single(logits: Tensor) -> bool:
+    return logits.shape[1:].numel() == 1
+
+
+def _logits_of(step: TrainingStep) -> Callable[[Tensor], Tensor]:
+    """Return the forward pass, with logits of both classes for a binary head: a softmax of one is constant."""
+
+    def closure(inputs: Tensor) -> Tensor:
+        logits = step.forward(inputs)
+        if not _is_single(logits):
+            return logits
+        single = logits.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(single), single], dim=1)
+
+    return closure
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    if not _is_single(logits):
+        return F.cross_entropy(logits, target)
+    return F.binary_cross_entropy_with_logits(logits.flatten(), target.to(logits.dtype).flatten())
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor, nn
 
 from attn_callbacks._checks import check_number, integer, name_list, one_of
 from attn_callbacks.bias import BiasReport, Finding
+from attn_callbacks.feedback._bound import BoundFeedback, check_loss
+from attn_callbacks.feedback._reliance import KIND, feature_findings
 from attn_callbacks.feedback.action import Action
-from attn_callbacks.feedback.attention_term import QUERIES, attention_term, guided_calls
+from attn_callbacks.feedback.attention_term import QUERIES, attention_term, chosen_heads, guided_calls
 from attn_callbacks.feedback.step import StepFeedback, TrainingStep
 from attn_callbacks.feedback.strength import StrengthSettings, StrengthState, evidence, fallen, ramp, strength_step
 from attn_callbacks.feedback.term_scale import averaged, scale
@@ -20,7 +21,7 @@ from attn_callbacks.feedback.term_scale import averaged, scale
 __all__ = ["AttentionGuidance"]
 
 
-class AttentionGuidance(StepFeedback):
+class AttentionGuidance(BoundFeedback, StepFeedback):
     """Add a term to the training loss that keeps attention off spurious tokens, or on relevant ones.
 
     By default the term is the exact attention mass of :func:`attn_callbacks.feedback.attention_term.attention_term`,
@@ -29,11 +30,12 @@ class AttentionGuidance(StepFeedback):
 
     Works in a window of strengths only, so validation moves the strength
     (:func:`attn_callbacks.feedback.strength.strength_step`): up while the model still relies on spurious tokens, down
-    when accuracy falls. Attention is not reliance: let the monitor measure that, too, and compare with
+    when it does not and accuracy falls. Attention is not reliance: let the monitor measure that, too, and compare with
     :class:`~attn_callbacks.feedback.RandomRationaleControl`.
 
-    Changes training. Answers feature, group and attention bias. Costs about one more forward and backward of the
-    attention kernel of each guided layer; with a ``loss`` of your own, its queries x keys weights instead.
+    Changes training. Answers attention bias and reliance on spurious tokens (a ``"feature"`` finding), not candidates;
+    for group bias it joins in as a second means, beside what the finding names. Costs about one more forward and
+    backward of the attention kernel of each guided layer; with a ``loss`` of your own, its weights instead.
 
     Args:
         loss: ``None``, or a module without learnable parameters such as ``losses.AttentionGuidedLoss()``, called as
@@ -42,7 +44,7 @@ class AttentionGuidance(StepFeedback):
         layers: Names or glob patterns of the attention modules to guide; ``None``: all.
         heads: Indices of the heads to guide in each of them; ``None``: all.
         queries: ``"all"`` tokens, or the ``"first"``, where the classification token sits; for the built-in term.
-        when: ``"always"``, or ``"biased"``: from the first report with a finding of feature, group or attention on.
+        when: ``"always"``, or ``"biased"``: from the first report with a finding that it answers on.
         control: Move the strength by what validation shows; ``False`` leaves it as it is.
         scale_free: Multiply the strength by the running average of the loss over that of the term, so that 1 means
             equal sizes: of 40 tokens attended alike, one spurious one costs 150 times less than one relevant one.
@@ -50,7 +52,7 @@ class AttentionGuidance(StepFeedback):
         warm_up: Number of steps over which the strength grows from nothing, after guidance was switched on.
         raise_by: Factor on the strength while reliance stays.
         limit: The strength stays between ``1 / limit`` and ``limit`` times ``coefficient``.
-        tolerance: Fall of accuracy below its best that is accepted, as is any within two standard errors.
+        tolerance: Fall of accuracy below its running mean that is accepted, as is any within two standard errors.
 
     Raises:
         ValueError: If an argument is out of its range, ``loss`` has learnable parameters, or ``queries`` is asked of
@@ -98,7 +100,6 @@ class AttentionGuidance(StepFeedback):
         self.control = control
         self.scale_free = loss is None if scale_free is None else scale_free
         self.settings = StrengthSettings(raise_by=raise_by, limit=limit, tolerance=tolerance, warm_up=warm_up)
-        self._module: weakref.ref[nn.Module] | None = None
         self._on = self.when == "always"
         self._steps = 0  # taken part in
         self._state = StrengthState()
@@ -113,16 +114,6 @@ class AttentionGuidance(StepFeedback):
     def strength(self) -> float:
         """Factor on the term after the warm-up, before ``scale_free``: ``coefficient``, as validation has moved it."""
         return self.coefficient * self._state.factor
-
-    def bind(self, module: nn.Module) -> None:
-        """Start anew if the module is another one than last time.
-
-        Args:
-            module: The LightningModule.
-        """
-        if self._module is not None and self._module() is not module:
-            self._on, self._steps, self._state, self._averages = self.when == "always", 0, StrengthState(), None
-        self._module = weakref.ref(module)
 
     def term(self, step: TrainingStep) -> Tensor | None:
         """Return what is to be added to the loss of a training step; ``None`` while not active, or without annotation.
@@ -150,7 +141,8 @@ class AttentionGuidance(StepFeedback):
         before, found, seen = self.strength, self.answered(report), evidence(report)
         if self.control:
             warm = not self.acting or self._steps >= self.settings.warm_up
-            self._state = strength_step(self._state, seen, self.settings, act=self._on and warm)
+            acted = self.active and self._steps > 0
+            self._state = strength_step(self._state, seen, self.settings, act=self._on and warm, acted=acted)
         if not self._on and found:
             self._on = True
             text = f"attention guidance switched on with strength {before:g} ({found[0].text.rstrip('.')})"
@@ -161,6 +153,15 @@ class AttentionGuidance(StepFeedback):
         why = seen.reason if rose else fallen(self._state, seen)
         text = f"attention guidance: strength {before:.3g} -> {self.strength:.3g} ({why})"
         return (Action(text, _cause(found) if rose else None, before, self.strength),)
+
+    def answered(self, report: BiasReport) -> tuple[Finding, ...]:
+        """Return the findings it can do something about, the largest first: reliance only on what it guides away from.
+
+        Args:
+            report: What the last validation pass showed.
+        """
+        reliance = feature_findings(report, ("spurious",))
+        return tuple(found for found in super().answered(report) if found.kind != KIND or found in reliance)
 
     def state_dict(self) -> dict[str, object]:
         """Return whether guidance is on, and how strong."""
@@ -180,9 +181,6 @@ class AttentionGuidance(StepFeedback):
         self._averages = averages.clone() if isinstance(averages, Tensor) else self._averages
         self._state = self._state.restored(state)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_module": None}  # a copy in another process binds to the module there
-
     def __repr__(self) -> str:
         return (
             f"AttentionGuidance({self.loss!r}, {self.coefficient}, layers={self.layers}, heads={self.heads}, "
@@ -190,6 +188,9 @@ class AttentionGuidance(StepFeedback):
             f"warm_up={self.settings.warm_up}, raise_by={self.settings.raise_by}, limit={self.settings.limit}, "
             f"tolerance={self.settings.tolerance})"
         )
+
+    def _start_anew(self) -> None:
+        self._on, self._steps, self._state, self._averages = self.when == "always", 0, StrengthState(), None
 
     def _guiding_term(self, step: TrainingStep) -> Tensor | None:
         relevance, spurious = step.relevance, step.spurious
@@ -199,9 +200,7 @@ class AttentionGuidance(StepFeedback):
         calls = guided_calls(step.calls, annotation.shape)
         if self.loss is None:
             return attention_term(calls, relevance, spurious, step.valid, heads=self.heads, queries=self.queries)
-        weights = [call.weights() for call in calls]
-        if self.heads is not None:
-            weights = [layer[:, list(self.heads)] for layer in weights]
+        weights = [chosen_heads(call, call.weights(), self.heads) for call in calls]
         term: Tensor = self.loss.to(annotation.device)(weights, relevance, step.valid, spurious=spurious)
         if term.dim() > 0:
             raise ValueError(f"`loss` must return a scalar, got shape {tuple(term.shape)}. Use reduction='mean'.")
@@ -211,13 +210,7 @@ class AttentionGuidance(StepFeedback):
 def _checked_loss(loss: nn.Module | None, queries: str) -> nn.Module | None:
     if loss is None:
         return None
-    if not isinstance(loss, nn.Module):
-        raise TypeError(f"`loss` must be a module such as `losses.AttentionGuidedLoss()`, got {loss!r}.")
-    if any(True for _ in loss.parameters()):
-        raise ValueError(
-            f"`loss` must have no learnable parameters, got {type(loss).__name__} with some: no optimizer would "
-            "train them. Call it in `training_step` instead."
-        )
+    check_loss("loss", loss, "losses.AttentionGuidedLoss()")
     if queries != "all":
         raise ValueError(f"queries={queries!r} is for the built-in term, got `loss` as well: let the loss choose.")
     return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from attn_callbacks._checks import one_of
 if TYPE_CHECKING:
     from attn_callbacks.capture import AttentionCall
 
-__all__ = ["QUERIES", "attention_term", "guided_calls"]
+__all__ = ["QUERIES", "attention_term", "chosen_heads", "guided_calls"]
 
 QUERIES = ("all", "first")
 _FLOOR = 2.0**-20  # no weight to speak of: the least sum of a row that counts, the least share under a logarithm
@@ -104,6 +105,35 @@ def guided_calls(calls: Sequence[AttentionCall], shape: Sequence[int]) -> list[A
     return trainable if torch.is_grad_enabled() else fitting
 
 
+def chosen_heads(call: AttentionCall, values: Tensor, heads: Sequence[int] | None) -> Tensor:
+    """Return the values of some heads of a layer.
+
+    Args:
+        call: The layer's call.
+        values: Something of each head.
+        heads: Indices of the heads; ``None``: all.
+
+    Shape:
+        - values: ``(batch, heads, ...)``
+        - output: ``(batch, chosen heads, ...)``
+
+    Raises:
+        ValueError: If the layer has no such head.
+    """
+    if heads is None:
+        return values
+    if not all(0 <= head < call.shape[1] for head in heads):
+        raise ValueError(f"`heads` must lie in 0..{call.shape[1] - 1}, the heads of {call.name!r}, got {list(heads)}.")
+    return values.index_select(1, _index(tuple(heads), values.device))
+
+
+@lru_cache(maxsize=64)
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return indices on the device, copied there once: each copy of a list would wait for a GPU."""
+    with torch.inference_mode(False):  # such a tensor could not be kept for a backward pass
+        return torch.tensor(heads, device=device)
+
+
 class _Wish(NamedTuple):
     """What attention should rest on."""
 
@@ -127,9 +157,7 @@ def _layer_costs(
     """Return, for each wish, every sample's mean cost ``(batch,)`` and whether it has any row ``(batch,)``."""
     columns = torch.stack([real, *(wish.keys for wish in wanted)], dim=-1)[:, None]  # (batch, 1, keys, columns)
     sums, counted, rows = _first_row(call, columns, real) if only_first else _all_rows(call, columns)
-    if heads is not None:
-        _check_heads(call, heads)
-        sums, counted = sums[:, list(heads)], counted[:, list(heads)]
+    sums, counted = chosen_heads(call, sums, heads), chosen_heads(call, counted, heads)
     total = sums[..., 0]
     costs = []
     for wish, part in zip(wanted, sums[..., 1:].unbind(dim=-1), strict=True):
@@ -174,8 +202,3 @@ def _check(calls: Sequence[AttentionCall], masks: dict[str, Tensor | None]) -> N
     for name, shape in named:
         if shape != expected:
             raise ValueError(f"`{name}` must have shape (batch, keys) = {expected}, got {shape}.")
-
-
-def _check_heads(call: AttentionCall, heads: Sequence[int]) -> None:
-    if not all(0 <= head < call.shape[1] for head in heads):
-        raise ValueError(f"`heads` must lie in 0..{call.shape[1] - 1}, the heads of {call.name!r}, got {list(heads)}.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, in_range, one_of
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback._f1 import F1Rates, f1_rates
-from attn_callbacks.feedback._table import TableFeedback
+from attn_callbacks.feedback._table import TableFeedback, numbers
 from attn_callbacks.feedback._table_cells import Cells, changes, read_cells
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step, f1_step
@@ -29,8 +30,9 @@ class ClassReweighting(TableFeedback):
     feedback's state keeps them, and the module's state dict no longer does: its checkpoints load into a module with a
     plain criterion.
 
-    - ``"recall"``: one step of a controller with averaged recalls, a dead band, bounds, and a normalisation that keeps
-      the scale of the loss (:func:`attn_callbacks.feedback.controller.control_step`). It starts from what the loss has.
+    - ``"recall"``: one step of a controller with averaged recalls, a dead band, bounds, no move against the present
+      recalls, and a normalisation that keeps the scale of the loss
+      (:func:`attn_callbacks.feedback.controller.control_step`). It starts from what the loss has.
     - ``"f1"``: the same controller on F1 scores, for macro-F1, where equal recalls cost too much precision: the classes
       whose F1 is below the mean get more say while predicted too rarely, less while predicted too often
       (:func:`attn_callbacks.feedback.controller.f1_step`). F1 is that of the classes' shares in what training is fed.
@@ -58,7 +60,7 @@ class ClassReweighting(TableFeedback):
         policy: ``"recall"``, ``"f1"`` (by class only), ``"difficulty"``, ``"effective_number"`` or ``"deferred"``.
         step_size: Change of the log weight per validation for each unit of recall missing. Over dozens of validations
             0.5 to 8 act much alike; over fewer than ten, less is slow and more overshoots.
-        smoothing: Share of the old average recall in the new one, from 0 to below 1.
+        smoothing: Share of the old average recall in the new one, after many reports; from 0 to below 1.
         limit: Weights stay between ``1 / limit`` and ``limit`` before normalisation, so no two of them differ by more
             than a factor of ``limit ** 2``. Keep it small if labels are noisy.
         min_support: Least number of validation samples behind a recall that counts; below it, a weight rests.
@@ -127,6 +129,7 @@ class ClassReweighting(TableFeedback):
         self.beta = in_range("beta", beta, 0, 1)
         self._average: tuple[float, ...] | None = None
         self._excess: tuple[float, ...] = ()
+        self._settled: tuple[float, ...] = ()
 
     def apply(self, report: BiasReport) -> Sequence[Action]:
         """Decide on the weights, and write them.
@@ -141,21 +144,23 @@ class ClassReweighting(TableFeedback):
             self._initial() if self._log_weight is None else self._log_weight,
             (math.nan,) * math.prod(shape) if self._average is None else self._average,
             self._excess,
+            self._settled,
         )
         rates = f1_rates(report.counts.sum(dim=0).tolist(), cells.prior) if self.policy == "f1" else None
         act = self._updates >= self.warm_up
         new = self._decide(old, cells, act) if rates is None else self._decide_by_f1(old, rates, cells, act)
         self._updates += 1
-        self._average, self._excess = new.average, new.excess
+        self._average, self._excess, self._settled = new.average, new.excess, new.settled
         before, after = self._steer(new.log_weight)
         return changes(report, cells, self._quantity, before, after, self._notes(cells, rates, new))
 
     def state_dict(self) -> dict[str, object]:
         """Return log weights, averages, the table it started from, and the number of reports seen."""
         state = super().state_dict()
-        if self._average is not None:
-            state["average"] = self._tensor(self._average)
-        return {**state, "excess": self._tensor(self._excess)} if self._excess else state
+        for name in ("average", "excess", "settled"):
+            if values := getattr(self, f"_{name}"):
+                state[name] = self._tensor(values)
+        return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take up a saved state; once bound, the weights are written at once.
@@ -164,11 +169,9 @@ class ClassReweighting(TableFeedback):
             state: What :meth:`state_dict` returned.
         """
         super().load_state_dict(state)
-        average, excess = state.get("average"), state.get("excess")
-        of_f1 = isinstance(excess, Tensor)
-        if isinstance(average, Tensor) and of_f1 == (self.policy == "f1"):  # averages of recall are none of F1
-            self._average = tuple(average.double().flatten().tolist())
-            self._excess = tuple(excess.double().flatten().tolist()) if isinstance(excess, Tensor) else ()
+        if "average" in state and ("excess" in state) == (self.policy == "f1"):  # averages of recall are none of F1
+            saved = (state.get(name) for name in ("average", "excess", "settled"))
+            self._average, self._excess, self._settled = (numbers(v) if isinstance(v, Tensor) else () for v in saved)
 
     def __repr__(self) -> str:
         chosen = self.settings
@@ -196,7 +199,7 @@ class ClassReweighting(TableFeedback):
         new = self._published(moved.average, cells, width or len(cells.prior))
         known = [not math.isnan(value) for value in new]
         kept = [value if use else rest for rest, value, use in zip(old.log_weight, new, known, strict=True)]
-        return ControllerState(tuple(kept) if width is None else centre_rows(kept, width, known), moved.average)
+        return replace(moved, log_weight=tuple(kept) if width is None else centre_rows(kept, width, known))
 
     def _published(self, average: Sequence[float], cells: Cells, width: int) -> list[float]:
         """Return the log weights of a published rule for each row of cells; NaN where it knows nothing."""
@@ -228,7 +231,7 @@ class ClassReweighting(TableFeedback):
 
     def _start_anew(self) -> None:
         super()._start_anew()
-        self._average, self._excess = None, ()
+        self._average, self._excess, self._settled = None, (), ()
 
 
 def _text(name: str, value: float, average: float) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attn_callbacks._checks import at_least, check_number, in_range
+from attn_callbacks.feedback._deviations import agreed, averaged, deviations, standard_error
 from attn_callbacks.feedback._f1 import F1Rates
-from attn_callbacks.feedback.weight_policies import blend, centre_rows, preserve_prior
+from attn_callbacks.feedback.weight_policies import centre_rows, preserve_prior
 
 __all__ = ["ControllerSettings", "ControllerState", "control_step", "f1_step"]
 
@@ -23,7 +24,7 @@ class ControllerSettings:
 
     Args:
         step_size: Change of the log weight for each unit of recall that is missing, above 0.
-        smoothing: Share of the old average in the new one, from 0 (the last recall alone) to below 1.
+        smoothing: Share of the old average in the new one in the end, from 0 (the last recall alone) to below 1.
         limit: Weights stay between ``1 / limit`` and ``limit`` before they are normalised, so no two of them differ by
             more than a factor of ``limit ** 2``; above 1.
         min_support: Least number of samples behind a recall that counts, at least 1.
@@ -62,11 +63,13 @@ class ControllerState:
         average: Exponential average of each recall, or F1; NaN for a cell that was never measured. Such a cell has not
             been steered, and its weight is not touched.
         excess: The same of how much too often each class is predicted, for :func:`f1_step`; else empty.
+        settled: How far each average has got over its start: ``1 - smoothing ** measurements``; empty: all have.
     """
 
     log_weight: tuple[float, ...]
     average: tuple[float, ...]
     excess: tuple[float, ...] = ()
+    settled: tuple[float, ...] = ()
 
     @property
     def weight(self) -> tuple[float, ...]:
@@ -86,20 +89,23 @@ def control_step(
 ) -> ControllerState:
     r"""Average the new recalls and move the weights against their deviations.
 
-    With the average :math:`m_c`, over the cells that have support,
+    With the average :math:`m_c` of the first :math:`t` recalls of a cell, over the cells that have support,
 
     .. math::
-        m_c \leftarrow b\,m_c + (1 - b)\,\text{recall}_c, \qquad
-        e_c = (1 - m_c) - \operatorname{mean}_k (1 - m_k), \qquad
+        m_c \leftarrow m_c + \frac{1 - b}{1 - b^t} (\text{recall}_c - m_c), \qquad
+        e_c = \operatorname{mean}_k m_k - m_c, \qquad
         \log w_c \leftarrow \operatorname{clamp}(\log w_c + \eta\, e_c, \pm\log r)
 
     where :math:`e_c = 0` unless it exceeds the dead band and the standard error of :math:`m_c` (one hit and one miss
-    added). All weights ever steered are then divided by one number so that :math:`\sum_c \pi_c w_c` is what it would be
-    with weights of 1: the expected loss keeps its scale, and with it the effective learning rate.
+    added), and is then no larger than the present deviation, that of the last recalls, and 0 where that has the other
+    sign: what an average still remembers of a model that had collapsed winds no weight up. All weights ever steered are
+    then divided by one number so that :math:`\sum_c \pi_c w_c` is what it would be with weights of 1: the expected loss
+    keeps its scale, and with it the effective learning rate.
 
     Margins of classes within groups act through their differences within a group alone: a constant of a row changes
     nothing. With ``width``, each row of log weights is therefore centred on 0, before it is clamped and after, and not
-    normalised. The deviations are still those from the mean of all cells.
+    normalised. The deviations are still those from the mean of all cells, but compared with the present ones in
+    their differences from the row.
 
     Args:
         state: State before the step.
@@ -119,13 +125,14 @@ def control_step(
         >>> [round(weight, 3) for weight in state.weight]
         [1.38, 0.62]
     """
-    measured = _measured(recall, support, settings)
-    average = _averaged(state.average, recall, measured, settings)
+    measured, now = _measured(recall, support, settings)
+    average, settled = averaged(state.average, now, state.settled, settings.smoothing)
     if not act:
-        return ControllerState(state.log_weight, average)
-    uncertain = [_standard_error(value, size) for value, size in zip(average, support, strict=True)]
-    errors = _errors(average, uncertain, measured, settings.dead_band)
-    return ControllerState(_moved(state.log_weight, errors, average, prior, settings, width), average)
+        return ControllerState(state.log_weight, average, settled=settled)
+    uncertain = [standard_error(value, size) for value, size in zip(average, support, strict=True)]
+    errors = deviations(average, measured, uncertain, settings.dead_band)
+    errors = agreed(errors, deviations(now, measured), measured, width)
+    return ControllerState(_moved(state.log_weight, errors, average, prior, settings, width), average, settled=settled)
 
 
 def f1_step(
@@ -141,7 +148,8 @@ def f1_step(
 
     Equal recalls are not the best F1: what a rare class gains in recall it may lose in precision. So a class whose
     average F1 lies below the mean of classes by :math:`d_c` gets :math:`\eta\,d_c` more log weight while its recall is
-    below its precision (it is predicted too rarely), and as much less while it is above. Both are averaged. Where
+    below its precision (it is predicted too rarely), and as much less while it is above. Both are averaged, but no
+    class moves in another direction than the last report alone would move it, as in :func:`control_step`. Where
     :math:`d_c` is within the dead band or its standard error, or recall and precision are balanced to within the dead
     band, nothing moves. Bounds and normalisation are those of :func:`control_step`.
 
@@ -163,29 +171,33 @@ def f1_step(
         >>> [round(weight, 2) for weight in state.weight]
         [0.95, 1.45]
     """
-    measured = _measured(rates.f1, support, settings)
-    average = _averaged(state.average, rates.f1, measured, settings)
-    before = state.excess or (math.nan,) * len(average)
-    excess = _averaged(before, rates.excess, measured, settings)
+    measured, now = _measured(rates.f1, support, settings)
+    average, settled = averaged(state.average, now, state.settled, settings.smoothing)
+    over_now = [value if use else math.nan for value, use in zip(rates.excess, measured, strict=True)]
+    excess, _ = averaged(state.excess or (math.nan,) * len(now), over_now, state.settled, settings.smoothing)
     if not act:
-        return ControllerState(state.log_weight, average, excess)
-    missing = _errors(average, rates.f1_error, measured, settings.dead_band)
-    errors = [
-        0.0 if error <= 0 or abs(over) <= settings.dead_band else math.copysign(error, -over)
+        return ControllerState(state.log_weight, average, excess, settled)
+    missing = deviations(average, measured, rates.f1_error, settings.dead_band)
+    errors = _towards_balance(missing, excess, settings.dead_band)
+    anywhere = [math.inf if error > 0 else 0.0 for error in deviations(now, measured)]  # one F1 is too noisy a length
+    errors = agreed(errors, _towards_balance(anywhere, over_now), measured)
+    return ControllerState(_moved(state.log_weight, errors, average, prior, settings), average, excess, settled)
+
+
+def _measured(
+    values: Sequence[float], support: Sequence[int], settings: ControllerSettings
+) -> tuple[list[bool], list[float]]:
+    """Return which cells count, and their values; NaN for the others."""
+    known = [size >= settings.min_support and math.isfinite(value) for value, size in zip(values, support, strict=True)]
+    return known, [value if use else math.nan for value, use in zip(values, known, strict=True)]
+
+
+def _towards_balance(missing: Sequence[float], excess: Sequence[float], dead_band: float = 0.0) -> list[float]:
+    """Turn what is missing in F1 into the direction that balances recall and precision."""
+    return [
+        0.0 if error <= 0 or abs(over) <= dead_band else math.copysign(error, -over)
         for error, over in zip(missing, excess, strict=True)
     ]
-    return ControllerState(_moved(state.log_weight, errors, average, prior, settings), average, excess)
-
-
-def _measured(values: Sequence[float], support: Sequence[int], settings: ControllerSettings) -> list[bool]:
-    return [size >= settings.min_support and math.isfinite(value) for value, size in zip(values, support, strict=True)]
-
-
-def _averaged(
-    old: Sequence[float], values: Sequence[float], measured: Sequence[bool], settings: ControllerSettings
-) -> tuple[float, ...]:
-    new = [value if known else math.nan for value, known in zip(values, measured, strict=True)]
-    return blend(old, new, settings.smoothing)
 
 
 def _moved(
@@ -202,25 +214,3 @@ def _moved(
     new = new if width is None else list(centre_rows(new, width, steered))
     new = [min(max(value, -bound), bound) if use else value for value, use in zip(new, steered, strict=True)]
     return preserve_prior(new, prior, steered) if width is None else centre_rows(new, width, steered)
-
-
-def _errors(
-    average: Sequence[float], uncertain: Sequence[float], measured: Sequence[bool], dead_band: float
-) -> list[float]:
-    """Return how far each measured cell lies below the mean of all; 0 within the dead band or the standard error."""
-    known = [value for value, use in zip(average, measured, strict=True) if use]
-    if not known:
-        return [0.0] * len(average)
-    mean = math.fsum(known) / len(known)
-    errors = []
-    for value, own, use in zip(average, uncertain, measured, strict=True):
-        error = mean - value if use else 0.0
-        errors.append(error if abs(error) > dead_band and abs(error) > own else 0.0)
-    return errors
-
-
-def _standard_error(value: float, size: int) -> float:
-    if math.isnan(value):
-        return 0.0
-    smoothed = (value * size + 1) / (size + 2)
-    return math.sqrt(smoothed * (1 - smoothed) / (size + 2))

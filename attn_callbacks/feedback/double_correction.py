@@ -18,7 +18,7 @@ def effective_prior(counts: Tensor, weights: Tensor | None = None, adjustment: T
     r"""Return the shares of the cells as a loss sees them: what is fed, times what it weighs.
 
     .. math::
-        p_{gc} \propto n_{gc}\, w_{gc}\, e^{-a_c}
+        p_{gc} \propto n_{gc}\, w_{gc}\, e^{-a_{gc}}
 
     A margin counts because training on ``logits + log(prior)`` makes the logits those of data divided by that prior.
 
@@ -30,7 +30,7 @@ def effective_prior(counts: Tensor, weights: Tensor | None = None, adjustment: T
     Shape:
         - counts: ``(groups, classes)``
         - weights: ``(classes,)`` or ``(groups, classes)``
-        - adjustment: ``(classes,)``
+        - adjustment: ``(classes,)`` or ``(groups, classes)``
         - output: ``(groups, classes)``, of sum 1; float64, on the CPU
 
     Raises:
@@ -72,7 +72,7 @@ def double_correction(
     Shape:
         - natural, fed: ``(groups, classes)``
         - weights: ``(classes,)`` or ``(groups, classes)``
-        - adjustment: ``(classes,)``
+        - adjustment: ``(classes,)`` or ``(groups, classes)``
 
     Returns:
         A sentence about the cell that is furthest beyond; ``None`` if there is none.
@@ -90,11 +90,7 @@ def double_correction(
         'Class spam is corrected more than once: its share is multiplied by sampling (5.0) and class weights (1.8), ...
     """
     there, given = _shares("natural", natural), _shares("fed", fed)
-    if there.shape != given.shape or there.shape != (1 if groups is None else len(groups), len(classes)):
-        raise ValueError(
-            f"`natural` and `fed` must have shape (groups, classes) as named, got {tuple(there.shape)} and "
-            f"{tuple(given.shape)} for {len(classes)} `classes` and {'no' if groups is None else len(groups)} `groups`."
-        )
+    _check_named(there, given, len(classes), None if groups is None else len(groups))
     effective = effective_prior(given, weights, adjustment)
     lifts = {
         "sampling": given / there,
@@ -114,6 +110,14 @@ def double_correction(
         float(effective[row, column]),
         balance,
     )
+
+
+def _check_named(there: Tensor, given: Tensor, classes: int, groups: int | None) -> None:
+    if there.shape != given.shape or there.shape != (1 if groups is None else groups, classes):
+        raise ValueError(
+            f"`natural` and `fed` must have shape (groups, classes) as named, got {tuple(there.shape)} and "
+            f"{tuple(given.shape)} for {classes} `classes` and {'no' if groups is None else groups} `groups`."
+        )
 
 
 def _sentence(cell: str, lifts: Mapping[str, float], share: float, balance: float) -> str:

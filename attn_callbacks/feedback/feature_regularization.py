@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from attn_callbacks._checks import check_number, in_range, integer, name_list
 from attn_callbacks.bias import BiasReport, Finding
 from attn_callbacks.feedback._bound import BoundFeedback, check_loss, find_at
-from attn_callbacks.feedback._reliance import KIND, feature_findings, lost_without
+from attn_callbacks.feedback._reliance import KIND, changed_without, feature_findings
 from attn_callbacks.feedback.action import Action
 
 __all__ = ["FeatureRegularization"]
@@ -24,12 +24,12 @@ _WORTH_SAYING = 0.005
 
 
 class FeatureRegularization(BoundFeedback):
-    """Shrink the weights that read a set of features, as strongly as accuracy was found to depend on that set.
+    """Shrink the weights that read a set of features, as strongly as predictions were found to rely on that set.
 
-    Each report sets the strength of every set to ``strength`` times the accuracy that is lost without it (reliance that
-    is within chance counts as none); features outside all sets are never shrunk. The penalty is applied after each
-    optimiser step as a proximal step, which gives exact zeros, under Adam too. Where features are columns of an input
-    layer, or rows of an embedding, this closes the way in; deeper down it does not.
+    Each report sets the strength of every set to ``strength`` times the share of samples whose outcome changes without
+    it (reliance that is within chance counts as none); features outside all sets are never shrunk. The penalty is
+    applied after each optimiser step as a proximal step, which gives exact zeros, under Adam too. Where features are
+    columns of an input layer, or rows of an embedding, this closes the way in; deeper down it does not.
 
     Changes training: the weights, after steps. Answers reliance on its sets (``"feature"`` findings), which the batch
     schema has to name, so that the monitor can measure it. Costs up to nine optimiser steps for the weights concerned,
@@ -41,7 +41,7 @@ class FeatureRegularization(BoundFeedback):
         weights: Dotted paths of the parameters in the LightningModule, such as ``"model.0.weight"``; the features lie
             along the ``dim`` of the penalty.
         features: Which features are in each named set.
-        strength: Strength for an accuracy that is lost wholly, above 0.
+        strength: Strength for a set without which every outcome changes, above 0.
         memory: Share of its last strength that a set keeps at least when less reliance is measured. At 0 a set that is
             cured is let go at once, and its weights come back.
 
@@ -116,14 +116,14 @@ class FeatureRegularization(BoundFeedback):
         """
         actions = []
         for name, old in self._strengths.items():
-            lost = lost_without(report, name)
-            if lost is None:
+            changed = changed_without(report, name)
+            if changed is None:
                 continue
-            new = max(self.strength * lost, self.memory * old)
+            new = max(self.strength * changed, self.memory * old)
             new = new if new > _FORGOTTEN * self.strength else 0.0
             self._strengths[name] = new
             if abs(new - old) > _WORTH_SAYING * self.strength:
-                text = f"{name}: strength {old:.2f} -> {new:.2f} (accuracy lost without it {lost:.2f})"
+                text = f"{name}: strength {old:.2f} -> {new:.2f} (outcomes changed without it {changed:.2f})"
                 actions.append(Action(text, (KIND, name), old, new))
         self._write()
         return actions

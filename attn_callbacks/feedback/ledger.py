@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attn_callbacks.bias import BiasReport
+from attn_callbacks.bias import BiasReport, Finding
+from attn_callbacks.bias.sizes import measure, size_of
+from attn_callbacks.feedback._trial import Trial, acts_from_the_start, takes_part
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.base import Feedback
 
@@ -18,9 +20,10 @@ Entry = dict[str, Any]
 class Ledger:
     """Keeps every decision with its finding and, one validation later, the effect on it; withdraws what does not help.
 
-    A feedback is judged by the largest finding of the kinds it answers. When it first changes something, the size of
-    that finding is noted; if none of the next ``patience`` validations shows one that is smaller by more than its
-    standard error (or none at all), the feedback is withdrawn, and the ledger says so.
+    A feedback is judged by one finding of a kind it answers: the largest in the first report in which it acts. Unless
+    the mean of that finding's size over the last half of ``patience`` validations is below its first size by more than
+    the standard error of the difference, the feedback is withdrawn, and the ledger says so. Validations that did not
+    measure it do not count. Whoever passed is tried again when the finding comes back.
 
     All of it is plain numbers and text: it goes into a checkpoint, and into lines of JSON.
 
@@ -42,7 +45,8 @@ class Ledger:
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
         self.entries: list[Entry] = []
-        self._trials: dict[str, dict[str, float]] = {}
+        self._trials: dict[str, Trial] = {}
+        self._between: list[Entry] = []  # decided before there was any entry
 
     def add(
         self,
@@ -67,7 +71,8 @@ class Ledger:
         if self.entries:
             for decision in self.entries[-1]["decisions"]:
                 _close(decision, report)
-        decisions = [
+        decisions, self._between = self._between, []
+        decisions += [
             _decision(name, _as_action(action), report, dry_run) for name, made in actions.items() for action in made
         ]
         numbers = {name: value if math.isfinite(value) else None for name, value in measured.items()}
@@ -75,47 +80,73 @@ class Ledger:
             {"epoch": report.epoch, "step": report.step, "time": time, **numbers, "note": note, "decisions": decisions}
         )
 
-    def useless(self, name: str, feedback: Feedback, report: BiasReport, acted: bool) -> Action | None:
+    def add_between(self, name: str, action: Action) -> None:
+        """Enter what was decided between validations: with the last one, or else with the first to come.
+
+        Args:
+            name: Name of the feedback.
+            action: What was done.
+        """
+        place = self.entries[-1]["decisions"] if self.entries else self._between
+        place.append(_decision(name, action, None, dry_run=False))
+
+    def first_action(self, name: str, feedback: Feedback) -> list[Action]:
+        """Return what to say, once, of a feedback that waits for no finding.
+
+        Args:
+            name: Its name in the ledger.
+            feedback: The feedback.
+        """
+        known = any(decision["feedback"] == name for entry in self.entries for decision in entry["decisions"])
+        return [] if known or not acts_from_the_start(feedback) else [Action("acts from the start (always)")]
+
+    def useless(self, name: str, feedback: Feedback, report: BiasReport) -> Action | None:
         """Judge a feedback after a report; return what to say if it is to be withdrawn.
 
         Args:
             name: Its name in the ledger.
             feedback: The feedback.
             report: The report it has just answered.
-            acted: It changed something.
         """
-        largest = next(iter(feedback.answered(report)), None)
-        size = 0.0 if largest is None else largest.size
+        if self.patience is None:
+            return None
         trial = self._trials.get(name)
         if trial is None:
-            if acted and largest is not None:
-                self._trials[name] = {"size": size, "error": largest.standard_error, "reports": 0, "best": size}
+            found = _measurable(feedback, report) if takes_part(feedback) else []
+            if found:
+                self._trials[name] = Trial.of(max(found, key=lambda finding: finding.size))
             return None
-        trial["reports"] += 1
-        trial["best"] = min(trial["best"], size)
-        if self.patience is None or trial["reports"] < self.patience:
+        trial.add(measure(report, trial.key))
+        if trial.is_over(self.patience):
+            del self._trials[name]
             return None
-        if trial["best"] < trial["size"] - trial["error"]:
-            self._trials[name] = {"size": math.inf, "error": 0.0, "reports": 0, "best": size}  # it has proved itself
+        if not trial.has_failed(self.patience):
             return None
-        if largest is None or size == 0.0:
+        still = next((finding for finding in _measurable(feedback, report) if finding.key == trial.key), None)
+        if still is None:  # too small to be told from chance: the next finding begins anew
+            del self._trials[name]
             return None
+        late = trial.late()
         return Action(
-            f"withdrawn: in {trial['reports']:.0f} validations the largest finding it answers never fell from "
-            f"{trial['size']:.2f} by more than its standard error ({largest.text.rstrip('.')})",
-            largest.key,
-            trial["size"],
-            size,
+            f"withdrawn: in {len(trial.sizes)} validations the finding it answers did not fall from {trial.start:.2f} "
+            f"by more than its standard error, to {late.size:.2f} in the mean of the last half "
+            f"({still.text.rstrip('.')})",
+            trial.key,
+            trial.start,
+            late.size,
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""
-        return {"entries": self.entries, "trials": self._trials}
+        trials = {name: trial.state() for name, trial in self._trials.items()}
+        return {"entries": self.entries, "trials": trials, "between": self._between}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
         self.entries = list(state.get("entries", ()))
-        self._trials = {name: dict(trial) for name, trial in state.get("trials", {}).items()}
+        trials = state.get("trials", {})
+        self._trials = {name: Trial.restored(trial) for name, trial in trials.items() if "sizes" in trial}
+        self._between = list(state.get("between", ()))
 
     def lines(self) -> list[Entry]:
         """Return one flat dict a decision: when, what was found, what was done, and the effect where it is known."""
@@ -139,12 +170,17 @@ def feedback_names(feedback: Sequence[Feedback]) -> tuple[str, ...]:
     return tuple(f"{kind}_{count}" if count else kind for kind, count in zip(kinds, before, strict=True))
 
 
+def _measurable(feedback: Feedback, report: BiasReport) -> list[Finding]:
+    return [finding for finding in feedback.answered(report) if measure(report, finding.key) is not None]
+
+
 def _as_action(action: Action | str) -> Action:
     return action if isinstance(action, Action) else Action(str(action))
 
 
-def _decision(name: str, action: Action, report: BiasReport, dry_run: bool) -> Entry:
-    finding = next((found for found in report.findings if found.key == action.finding), None)
+def _decision(name: str, action: Action, report: BiasReport | None, dry_run: bool) -> Entry:
+    findings = () if report is None else report.findings
+    finding = next((found for found in findings if found.key == action.finding), None)
     shown = None
     if finding is not None:
         shown = {
@@ -155,7 +191,8 @@ def _decision(name: str, action: Action, report: BiasReport, dry_run: bool) -> E
             "text": finding.text,
         }
     elif action.finding is not None:
-        shown = {"kind": action.finding[0], "where": action.finding[1], "size": None}
+        size = None if report is None else size_of(report, action.finding)
+        shown = {"kind": action.finding[0], "where": action.finding[1], "size": size}
     return {
         "feedback": name,
         "finding": shown,
@@ -168,10 +205,9 @@ def _decision(name: str, action: Action, report: BiasReport, dry_run: bool) -> E
 
 
 def _close(decision: Entry, report: BiasReport) -> None:
-    """Note how the finding changed by the next validation; 0 is what a finding that is gone has left."""
+    """Note how the size changed by the next validation, whether or not it still is a finding; unknown stays unknown."""
     finding = decision["finding"]
     if finding is None or finding["size"] is None:
         return
-    key = (finding["kind"], finding["where"])
-    now = next((found.size for found in report.findings if found.key == key), 0.0)
-    decision["effect"] = now - finding["size"]
+    now = size_of(report, (finding["kind"], finding["where"]))
+    decision["effect"] = None if now is None else now - finding["size"]

@@ -11,23 +11,23 @@ from torch import Tensor, nn
 
 from attn_callbacks._checks import check_number, in_range
 from attn_callbacks.bias import BiasReport, Finding
+from attn_callbacks.bias.rates import rate_error
+from attn_callbacks.feedback._accuracy_level import AccuracyLevel, compared
 from attn_callbacks.feedback._bound import BoundFeedback, find_at
 from attn_callbacks.feedback._reliance import is_candidate
 from attn_callbacks.feedback.action import Action
 
 __all__ = ["LossBalancing"]
 
-_ERRORS = 2.0
-
 
 class LossBalancing(BoundFeedback):
     """Steer a ``losses.LossBalancer`` in the module: end its epochs, and raise the terms that work against a bias.
 
     For a training step that adds up several named losses. Each ``fixed`` term that ``terms`` names is multiplied by
-    ``growth`` at every report that still has a finding of its kind. Where accuracy has fallen below its best by more
-    than ``tolerance`` and chance, all raised terms go one step back instead, and never beyond that again; no term goes
-    below what the module set. Strategies that compare epochs (``DynamicWeightAverage``) get their ``step()`` with the
-    first validation of each epoch, so not twice in an epoch of several.
+    ``growth`` at every report that still has a finding of its kind. Where accuracy has fallen below its running mean by
+    more than ``tolerance`` and chance, all raised terms go one step back instead, and never beyond that again; no term
+    goes below what the module set. Strategies that compare epochs (``DynamicWeightAverage``) get their ``step()`` with
+    the first validation of each epoch, so not twice in an epoch of several.
 
     Changes training: coefficients of the loss. Answers what ``terms`` names. Costs nothing per step; a compiled step is
     compiled again when a coefficient changes.
@@ -58,7 +58,7 @@ class LossBalancing(BoundFeedback):
         {'rationale': 0.2}
     """
 
-    _best: float
+    _level: AccuracyLevel | None  # that accuracy usually has
     _ended: int
     _given: dict[str, float]  # coefficients that the module set
     _natural: Tensor | None  # weights of a strategy that `step` changes, before it did
@@ -96,12 +96,13 @@ class LossBalancing(BoundFeedback):
             raise ValueError("`LossBalancing` has no balancer. Call `bind(module)` first and keep the module.")
         actions = self._end_epoch(report.epoch)
         fell = self._fell(report)
+        before = report.accuracy if self._level is None else self._level.mean
         for term in dict.fromkeys(self.terms.values()):
             finding = next((found for found in self.answered(report) if self.terms[found.kind] == term), None)
             old = self._factors[term]
             if fell and old > 1:
                 new = self._ceilings[term] = max(1.0, old / self.growth)
-                why = f"accuracy {report.accuracy:.2f} fell from {self._best:.2f}"
+                why = f"accuracy {report.accuracy:.2f} fell from {before:.2f}"
             elif not fell and finding is not None:
                 new = max(old, min(old * self.growth, self._ceilings[term]))
                 why = f"finding stays: {finding.kind} {finding.where}"
@@ -118,13 +119,13 @@ class LossBalancing(BoundFeedback):
         return tuple(found for found in super().answered(report) if not is_candidate(report, found))
 
     def state_dict(self) -> dict[str, object]:
-        """Return coefficients, multiples and their bounds, the best accuracy, and the last epoch that was ended."""
+        """Return coefficients, multiples and their bounds, the level of accuracy, and the last epoch that was ended."""
         state = {
             **super().state_dict(),
             "given": dict(self._given),
             "factors": dict(self._factors),
             "ceilings": dict(self._ceilings),
-            "best": self._best,
+            "level": [] if self._level is None else list(self._level),
             "ended": self._ended,
         }
         return state if self._natural is None else {**state, "weight": self._natural.clone()}
@@ -142,8 +143,9 @@ class LossBalancing(BoundFeedback):
             saved = state.get(name)
             if isinstance(saved, Mapping):
                 kept.update({term: float(saved[term]) for term in kept if term in saved})
-        best, ended, natural = (state.get(name) for name in ("best", "ended", "weight"))
-        self._best = best if isinstance(best, float) else self._best
+        level, ended, natural = (state.get(name) for name in ("level", "ended", "weight"))
+        if isinstance(level, list):
+            self._level = AccuracyLevel(*level) if level else None
         self._ended = ended if isinstance(ended, int) else self._ended
         self._natural = natural.clone() if isinstance(natural, Tensor) else self._natural
         super().load_state_dict(state)
@@ -182,7 +184,7 @@ class LossBalancing(BoundFeedback):
     def _clear(self) -> None:
         self._factors = dict.fromkeys(self.terms.values(), 1.0)
         self._ceilings = dict.fromkeys(self.terms.values(), self.limit)
-        self._best = 0.0
+        self._level = None
         self._ended = -1
         self._given, self._natural = {}, None
 
@@ -210,13 +212,10 @@ class LossBalancing(BoundFeedback):
         return [Action(f"weights of the losses: {shown}")]
 
     def _fell(self, report: BiasReport) -> bool:
-        """Say whether accuracy is below the best so far, by more than the tolerance and chance; note the best."""
-        accuracy = report.accuracy
-        if math.isnan(accuracy):
-            return False
-        self._best = max(self._best, accuracy)
-        error = math.sqrt(self._best * (1 - self._best) / max(int(report.support.sum()), 1))
-        return self._best - accuracy > max(self.tolerance, _ERRORS * error)
+        """Say whether accuracy is below its running mean, by more than the tolerance and chance; take it in."""
+        error = float(rate_error(torch.tensor(report.accuracy), report.support.sum()))
+        self._level, fell = compared(self._level, report.accuracy, error, self.tolerance)
+        return fell
 
     def _action(self, term: str, old: float, new: float, why: str, finding: Finding | None) -> Action:
         old, new = old * self._given[term], new * self._given[term]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attn_callbacks._checks import in_range
 from attn_callbacks.bias import Finding
-from attn_callbacks.feedback._shuffle import shuffle_region
+from attn_callbacks.feedback._shuffle import moved, shuffle_region
 from attn_callbacks.feedback._switched import SwitchedFeedback
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.step import TrainingStep
@@ -92,7 +92,7 @@ class MaskRandomization(SwitchedFeedback):
         mask = region
         if self._share < 1:
             drawn = torch.rand(len(inputs), generator=step.generator) < self._share
-            mask = mask & drawn.to(mask.device).reshape(-1, *[1] * (mask.dim() - 1))
+            mask = mask & moved(drawn, mask.device).reshape(-1, *[1] * (mask.dim() - 1))
         if self.transform is not None:
             return self.transform(inputs, mask, generator=step.generator)
         valid = step.region("valid", inputs)

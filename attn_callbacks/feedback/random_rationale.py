@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks._checks import integer
-from attn_callbacks.bias import BiasReport
+from attn_callbacks.bias import BiasReport, Finding
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.attention_guidance import AttentionGuidance
 from attn_callbacks.feedback.step import StepFeedback, TrainingStep
@@ -66,6 +66,11 @@ class RandomRationaleControl(StepFeedback):
         """The term is added."""
         return self.acting and self.guidance.active
 
+    @property
+    def when(self) -> str:
+        """When the guidance acts: ``"always"``, or ``"biased"``, from a finding on."""
+        return self.guidance.when
+
     def bind(self, module: nn.Module) -> None:
         """Start anew if the module is another one than last time.
 
@@ -108,6 +113,14 @@ class RandomRationaleControl(StepFeedback):
         return tuple(
             replace(action, text=f"random rationales: {action.text}") for action in self.guidance.apply(report)
         )
+
+    def answered(self, report: BiasReport) -> tuple[Finding, ...]:
+        """Return the findings that the guidance answers.
+
+        Args:
+            report: What the last validation pass showed.
+        """
+        return self.guidance.answered(report)
 
     def state_dict(self) -> dict[str, object]:
         """Return the state of the guidance."""

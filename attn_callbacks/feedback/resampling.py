@@ -140,8 +140,8 @@ class Resampling(BoundFeedback):
         """Return how far it is, and for ``"recall"`` log weights and averages."""
         state: dict[str, object] = {**super().state_dict(), "started": self._started, "reports": self._reports}
         if self._state is not None:
-            state["log_weight"] = torch.tensor(self._state.log_weight, dtype=torch.float64)
-            state["average"] = torch.tensor(self._state.average, dtype=torch.float64)
+            for name in ("log_weight", "average", "settled"):
+                state[name] = torch.tensor(getattr(self._state, name), dtype=torch.float64)
         return state
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
@@ -152,10 +152,12 @@ class Resampling(BoundFeedback):
         """
         super().load_state_dict(state)
         self._started = bool(state.get("started", self._started))
-        reports, log_weight, average = state.get("reports"), state.get("log_weight"), state.get("average")
+        names = ("reports", "log_weight", "average", "settled")
+        reports, log_weight, average, settled = (state.get(name) for name in names)
         self._reports = reports if isinstance(reports, int) else self._reports
         if isinstance(log_weight, Tensor) and isinstance(average, Tensor):
-            self._state = ControllerState(tuple(log_weight.tolist()), tuple(average.tolist()))
+            known = tuple(settled.tolist()) if isinstance(settled, Tensor) else ()
+            self._state = ControllerState(tuple(log_weight.tolist()), tuple(average.tolist()), settled=known)
         self._write()
 
     def __getstate__(self) -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from attn_callbacks._checks import at_least, check_number, in_range
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.bias.rates import rate_error
+from attn_callbacks.feedback._accuracy_level import AccuracyLevel, compared
 from attn_callbacks.feedback._reliance import feature_findings
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
     "strength_step",
 ]
 
-ERRORS = 2.0
-
 
 @dataclass(frozen=True)
 class StrengthSettings:
@@ -37,9 +36,9 @@ class StrengthSettings:
 
     Args:
         raise_by: Factor on the strength while what guidance is to cure stays, at least 1.
-        lower_by: Divisor of the strength when accuracy fell, at least 1.
+        lower_by: Divisor of the strength when accuracy fell and nothing asks for more, at least 1.
         limit: Strength stays between ``1 / limit`` and ``limit`` times what was asked for, at least 1.
-        tolerance: Fall of accuracy below its best that is accepted, as is any within two standard errors.
+        tolerance: Fall of accuracy below its running mean that is accepted, as is any within two standard errors.
         warm_up: Number of steps over which the strength grows from nothing.
 
     Raises:
@@ -69,28 +68,28 @@ class StrengthState:
 
     Args:
         factor: What the strength asked for is multiplied with.
-        best: Best accuracy so far and its standard error, by what was measured.
+        levels: Level that accuracy usually has, by what was measured.
         resting: The strength was changed in answer to the last report.
     """
 
     factor: float = 1.0
-    best: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    levels: Mapping[str, AccuracyLevel] = field(default_factory=dict)
     resting: bool = False
 
     def to_dict(self) -> dict[str, object]:
         """Return plain numbers, lists and dicts."""
         return {
             "factor": self.factor,
-            "best": {measure: list(best) for measure, best in self.best.items()},
+            "levels": {measure: list(level) for measure, level in self.levels.items()},
             "resting": self.resting,
         }
 
     def restored(self, state: Mapping[str, object]) -> StrengthState:
         """Return what :meth:`to_dict` returned as a state; entries that it lacks stay as they are."""
-        factor, best = state.get("factor", self.factor), state.get("best", self.best)
-        if not isinstance(factor, float) or not isinstance(best, Mapping):
+        factor, levels = state.get("factor", self.factor), state.get("levels", self.levels)
+        if not isinstance(factor, float) or not isinstance(levels, Mapping):
             return self
-        known = {str(measure): (float(value), float(error)) for measure, (value, error) in best.items()}
+        known = {str(measure): AccuracyLevel(*level) for measure, level in levels.items()}
         return StrengthState(factor, known, bool(state.get("resting", self.resting)))
 
 
@@ -111,8 +110,9 @@ def evidence(report: BiasReport) -> Evidence:
 
     Validation data often hold the shortcut themselves, and a model that gives it up *should* lose accuracy there. So
     where functional reliance was measured, both accuracies count, with the spurious tokens as they are and shuffled
-    across samples: a shortcut that goes takes from the one, a shortcut that comes from the other, and only what ruins
-    the fit from both. Else it is the mean recall of classes within groups, else plain accuracy.
+    across samples: a shortcut that goes takes from the one only. What takes from both is a ruined fit, or, on balanced
+    data, a shortcut that comes; then reliance is a finding. Else it is the mean recall of classes within groups, else
+    plain accuracy.
 
     Reliance, where it was measured, also says alone whether more is wanted; else a finding of attention does.
 
@@ -135,15 +135,19 @@ def evidence(report: BiasReport) -> Evidence:
 
 
 def strength_step(
-    state: StrengthState, seen: Evidence, settings: StrengthSettings, *, act: bool = True
+    state: StrengthState, seen: Evidence, settings: StrengthSettings, *, act: bool = True, acted: bool = True
 ) -> StrengthState:
-    """Lower the strength if accuracy fell, raise it while more is wanted, and rest for a report after each change.
+    """Raise the strength while more is wanted, lower it if accuracy fell, and rest for a report after each change.
+
+    While more is wanted accuracy counts for nothing: a shortcut that is being learned takes from it as well, and less
+    strength would let it.
 
     Args:
         state: State before the step.
-        seen: What the report says. Accuracy fell if all that was measured fell below its best.
+        seen: What the report says. Accuracy fell if all that was measured fell below its running mean.
         settings: How fast and how far.
         act: ``False`` only notes the accuracy, as before guidance has reached its strength.
+        acted: ``False`` never lowers: guidance that took part in no step has ruined nothing.
 
     Example:
         >>> settings, state = StrengthSettings(), StrengthState()
@@ -153,17 +157,24 @@ def strength_step(
         (1.5, True)
         >>> state = strength_step(state, Evidence({"accuracy": (0.9, 0.01)}, reason), settings)  # rests
         >>> strength_step(state, Evidence({"accuracy": (0.7, 0.01)}, reason), settings).factor
+        2.25
+        >>> strength_step(state, Evidence({"accuracy": (0.7, 0.01)}, None), settings).factor
         0.75
     """
-    best = {**state.best, **{name: now for name, now in seen.accuracies.items() if _better(now, state.best.get(name))}}
+    levels, fell = dict(state.levels), bool(seen.accuracies)
+    for name, (now, error) in seen.accuracies.items():
+        level, below = compared(levels.get(name), now, error, settings.tolerance)
+        fell = fell and below
+        if level is not None:
+            levels[name] = level
     if not act or state.resting:
-        return StrengthState(state.factor, best, resting=False)
+        return StrengthState(state.factor, levels, resting=False)
     factor = state.factor
-    if all(_fell(now, best.get(name), settings.tolerance) for name, now in seen.accuracies.items()):
-        factor = max(factor / settings.lower_by, 1 / settings.limit)
-    elif seen.reason is not None:
+    if seen.reason is not None:
         factor = min(factor * settings.raise_by, settings.limit)
-    return StrengthState(factor, best, resting=factor != state.factor)
+    elif fell and acted:
+        factor = max(factor / settings.lower_by, 1 / settings.limit)
+    return StrengthState(factor, levels, resting=factor != state.factor)
 
 
 def fallen(state: StrengthState, seen: Evidence) -> str:
@@ -174,7 +185,7 @@ def fallen(state: StrengthState, seen: Evidence) -> str:
         seen: What the report said.
     """
     name, (now, _) = next(iter(seen.accuracies.items()))
-    return f"{name} {now:.2f}, at best {state.best[name][0]:.2f}"
+    return f"{name} {now:.2f}, before {state.levels[name].mean:.2f}"
 
 
 def ramp(steps: int, warm_up: int) -> float:
@@ -185,17 +196,6 @@ def ramp(steps: int, warm_up: int) -> float:
         (0.1, 0.5, 1.0, 1.0)
     """
     return min(1.0, (steps + 1) / max(warm_up, 1))
-
-
-def _better(now: tuple[float, float], best: tuple[float, float] | None) -> bool:
-    return not math.isnan(now[0]) and (best is None or now[0] > best[0])
-
-
-def _fell(now: tuple[float, float], best: tuple[float, float] | None, tolerance: float) -> bool:
-    if best is None:
-        return False
-    fall = best[0] - now[0]
-    return fall > tolerance and fall > ERRORS * math.hypot(best[1], now[1])
 
 
 def _fit(report: BiasReport) -> dict[str, tuple[float, float]]:

@@ -131,7 +131,10 @@ class TokenAssociation(LabelAccumulator):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return attention in float64 without that on invalid keys, the valid keys and the targets."""
         check_axes("received", received, 2)
-        label_vector("tokens", tokens.flatten(), received.numel())
+        if tokens.is_floating_point():  # continuous inputs by mistake: not cast, as labels are
+            raise TypeError(
+                f"`tokens` must hold whole-number labels, got {tokens.dtype}. Pass the ids, not embeddings."
+            )
         valid = torch.ones_like(received, dtype=torch.bool) if valid is None else valid.bool()
         for name, values in (("tokens", tokens), ("valid", valid)):
             if values.shape != received.shape:

@@ -77,14 +77,15 @@ class GroupCalibration(LabelAccumulator):
                 missing. ``(samples,)`` or ``(samples, 1)``: one score for class 1 against class 0.
             target: Right class of each sample, ``(samples,)``. Samples with a negative target are left out, and those
                 whose loss is not finite.
-            group: Group of each sample, ``(samples,)``; ``None`` puts all in group 0.
+            group: Group of each sample, ``(samples,)``; ``None`` puts all in group 0. Samples with a negative group,
+                one that is not known, are left out.
         """
         scores = self._log_probabilities(logits)
         samples = len(scores)
         target = label_vector("target", target, samples)
         group = torch.zeros_like(target) if group is None else label_vector("group", group, samples)
         loss = -scores.gather(1, target.clamp(0, self.num_classes - 1)[:, None])[:, 0]
-        counted = self.within(torch.stack([target, group]), (target >= 0) & loss.isfinite())
+        counted = self.within(torch.stack([target, group]), (target >= 0) & (group >= 0) & loss.isfinite())
         best, predicted = scores.max(dim=1)
         confidence = best.exp()
         cell = (group * self.num_classes + target).where(counted, 0)

@@ -53,14 +53,15 @@ class GroupConfusion(LabelAccumulator):
         Args:
             predicted: Predicted class of each sample, ``(samples,)``.
             target: Right class of each sample, ``(samples,)``. Samples with a negative target are left out.
-            group: Group of each sample, ``(samples,)``; ``None`` puts all in group 0.
+            group: Group of each sample, ``(samples,)``; ``None`` puts all in group 0. Samples with a negative group,
+                one that is not known, are left out.
         """
         check_axes("predicted", predicted, 1)
         samples = len(predicted)
         target = label_vector("target", target, samples)
         group = torch.zeros_like(target) if group is None else label_vector("group", group, samples)
         labels = torch.stack([label_vector("predicted", predicted, samples), target, group])
-        counted = self.within(labels, target >= 0)
+        counted = self.within(labels, (target >= 0) & (group >= 0))
         row, column, block = labels[1], labels[0], labels[2]
         index = (block * self.num_classes + row) * self.num_classes + column
         self.writable("counts").view(-1).scatter_add_(0, index.where(counted, 0), counted.long())

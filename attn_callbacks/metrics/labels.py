@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -51,13 +52,46 @@ class LabelAccumulator(Accumulator):
         extremes = (self.lowest.tolist(), self.highest.tolist(), self.label_limits())
         for name, low, high, limit in zip(self._label_names, *extremes, strict=True):
             if low < 0 or high >= limit:
-                raise ValueError(f"`{name}` must lie between 0 and {limit - 1}, got {low if low < 0 else high}.")
+                raise ValueError(_out_of_range(name, limit, low if low < 0 else high))
 
 
-def label_vector(name: str, labels: Tensor, samples: int) -> Tensor:
-    """Return ``labels`` as int64 if they are ``samples`` whole numbers."""
-    if labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"`{name}` must hold whole-number labels, got {labels.dtype}. Take `argmax` of logits first.")
-    if labels.shape != (samples,):
-        raise ValueError(f"`{name}` must have shape (samples,) = {(samples,)}, got {tuple(labels.shape)}.")
-    return labels.detach().long()
+def label_vector(name: str, labels: Tensor | Sequence[float], samples: int) -> Tensor:
+    """Return ``labels`` as int64 if they are ``samples`` whole numbers, also such as 1.0, or a list of them.
+
+    A fraction is only looked for on the CPU: elsewhere the host would wait.
+
+    Raises:
+        TypeError: If they are not whole numbers.
+        ValueError: If there are not as many as samples.
+    """
+    values = (labels if isinstance(labels, Tensor) else _from_list(name, labels)).detach()
+    if values.shape != (samples,):
+        raise ValueError(f"`{name}` must have shape (samples,) = {(samples,)}, got {tuple(values.shape)}.")
+    wrong: object = values.dtype if values.is_complex() else None
+    if values.is_floating_point() and values.device.type == "cpu":
+        broken = values[values.frac() != 0]
+        wrong = broken[0].item() if len(broken) else None
+    if wrong is not None:
+        raise TypeError(
+            f"`{name}` must hold whole-number labels, got {wrong}. Take `argmax(dim=1)` of the scores of classes, or "
+            "`(probability > 0.5).long()` of one probability."
+        )
+    return values.long()
+
+
+def _from_list(name: str, labels: Sequence[float]) -> Tensor:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        first = labels[0] if isinstance(labels, (list, tuple)) and labels else labels
+        wrong = f"strings such as {first!r}" if isinstance(first, str) else type(first).__name__
+        raise TypeError(
+            f"`{name}`: expected integers, got {wrong}. Number them, e.g. `{name}s.index(name)` with a list of names."
+        ) from None
+
+
+def _out_of_range(name: str, limit: int, got: int) -> str:
+    if name != "group" or got < 0:
+        return f"`{name}` must lie between 0 and {limit - 1}, got {got}."
+    there = "there is 1 group" if limit == 1 else f"there are {limit} groups"
+    return f"`group` must lie between 0 and {limit - 1}, got {got}: {there}. Pass `groups=` names for all."

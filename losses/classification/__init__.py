@@ -7,7 +7,8 @@ from losses.classification.class_balanced import ClassBalancedLoss, class_balanc
 from losses.classification.focal import FocalLoss, focal_loss
 from losses.classification.label_smoothing import LabelSmoothing, smooth_labels
 from losses.classification.ldam import LDAMLoss, ldam_loss, ldam_margins
-from losses.classification.logit_adjustment import LogitAdjustedLoss, adjust_logits, log_prior, logit_adjusted_loss
+from losses.classification.logit_adjustment import LogitAdjustedLoss, adjust_logits, logit_adjusted_loss
+from losses.classification.prior import log_prior
 from losses.classification.seesaw import SeesawLoss, seesaw_loss
 from losses.classification.sigmoid_focal import SigmoidFocalLoss, sigmoid_focal_loss
 from losses.classification.weighted import WeightedCrossEntropyLoss, weighted_cross_entropy

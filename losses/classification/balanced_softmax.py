@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from losses.classification._base import shown_counts
 from losses.classification.logit_adjustment import LogitAdjustedLoss
+from losses.classification.prior import Counts, shown_table
 
 __all__ = ["BalancedSoftmaxLoss"]
 
@@ -22,13 +18,14 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
     function. The buffer ``adjustment`` holds ``log(n_c / sum n)``: the softmax does not see the constant.
 
     Args:
-        class_counts: Number of training samples of each class, or its share; a class without any counts as one sample.
+        class_counts: Number of training samples of each class, or of each class in each group, or its share; a class
+            without any counts as one sample. With a row a group the loss needs ``group=``.
         label_smoothing: Share of the target that is spread evenly over all classes, from 0 to 1.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         ignore_index: Class index that contributes neither loss nor count.
 
     Shape:
-        - class_counts: ``(classes,)``
+        - class_counts: ``(classes,)`` or ``(groups, classes)``
         - forward: as :func:`logit_adjusted_loss`
 
     Raises:
@@ -49,7 +46,7 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
 
     def __init__(
         self,
-        class_counts: Tensor | Sequence[float],
+        class_counts: Counts,
         *,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -60,4 +57,4 @@ class BalancedSoftmaxLoss(LogitAdjustedLoss):
         )
 
     def _settings(self) -> list[str]:
-        return [shown_counts(self.class_counts), f"label_smoothing={self.label_smoothing}"]
+        return [shown_table(self.class_counts), f"label_smoothing={self.label_smoothing}"]

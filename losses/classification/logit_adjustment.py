@@ -8,42 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losses._checks import check_shape, check_tensor, class_counts_tensor, in_range
-from losses.classification._base import ClassificationLoss, shown_counts
+from losses._checks import check_shape, check_tensor, in_range
+from losses.classification._base import ClassificationLoss
 from losses.classification._per_sample import classification_loss
 from losses.classification._shifted import one_per_class, shift_of_adjustment, shifted_classification_loss
+from losses.classification.prior import Counts, checked_counts, log_prior, shown_table
 
-__all__ = ["LogitAdjustedLoss", "adjust_logits", "log_prior", "logit_adjusted_loss"]
+__all__ = ["LogitAdjustedLoss", "adjust_logits", "logit_adjusted_loss"]
 
-Counts = Tensor | Sequence[float] | Sequence[Sequence[float]]
 _AXES = ("(classes,)", "(groups, classes)")
-
-
-def log_prior(class_counts: Counts) -> Tensor:
-    r"""Return :math:`\log \pi_c = \log (n_c / \sum_k n_k)`, the log of each class's share of the samples, in nats.
-
-    A class without samples counts as one sample, the fewest that can be seen, or as the rarest class where counts are
-    shares below one. It changes no other class. Counts by group give the shares within each group; those of a group
-    without samples are not known, and its row is zero: all classes alike.
-
-    Args:
-        class_counts: Number of training samples of each class, or of each class in each group, or its share.
-
-    Shape:
-        - class_counts, output: ``(classes,)`` or ``(groups, classes)``
-
-    Raises:
-        ValueError: If a count is negative or not finite, or all are zero.
-
-    Example:
-        >>> log_prior([90, 9, 1])
-        tensor([-0.1054, -2.4079, -4.6052])
-    """
-    counts = _checked_counts(class_counts)
-    there = counts > 0
-    fewest = counts.masked_fill(~there, torch.inf).amin(dim=-1, keepdim=True).clamp(max=1)
-    logs = (torch.where(there, counts, fewest) / counts.sum(dim=-1, keepdim=True)).log()
-    return logs.where(there.any(dim=-1, keepdim=True), 0.0).to(torch.get_default_dtype())
 
 
 def adjust_logits(logits: Tensor, class_counts: Tensor | Sequence[float], tau: float = 1.0) -> Tensor:
@@ -198,7 +171,7 @@ class LogitAdjustedLoss(ClassificationLoss):
         reduction: str = "mean",
         ignore_index: int = -100,
     ) -> None:
-        counts = _checked_counts(class_counts)
+        counts = checked_counts(class_counts)
         super().__init__(counts.shape[-1], reduction=reduction, ignore_index=ignore_index)
         self.class_counts: list[Any] = counts.tolist()
         self.tau = in_range("tau", tau, 0)
@@ -232,18 +205,4 @@ class LogitAdjustedLoss(ClassificationLoss):
         )
 
     def _settings(self) -> list[str]:
-        counts = _shown_table(self.class_counts) if self.adjustment.dim() == 2 else shown_counts(self.class_counts)
-        return [counts, f"tau={self.tau}, label_smoothing={self.label_smoothing}"]
-
-
-def _checked_counts(class_counts: Counts) -> Tensor:
-    """Return the counts as float64 in their shape, after checking them."""
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.dim() != 2:
-        return class_counts_tensor(counts)
-    return class_counts_tensor(counts.flatten()).reshape(counts.shape)
-
-
-def _shown_table(rows: Sequence[Sequence[float]]) -> str:
-    shown = [shown_counts(row) for row in rows]
-    return f"[{', '.join(shown if len(shown) <= 8 else [*shown[:7], '...'])}]"
+        return [shown_table(self.class_counts), f"tau={self.tau}, label_smoothing={self.label_smoothing}"]

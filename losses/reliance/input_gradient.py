@@ -59,7 +59,8 @@ def input_gradient_penalty(
         reduction: ``"mean"`` over the samples that have a mask, ``"sum"`` or ``"none"``.
 
     Shape:
-        - logits: ``(samples, classes)`` or ``(samples, classes, positions...)``
+        - logits: ``(samples, classes)`` or ``(samples, classes, positions...)``; one class is a binary head, whose
+          classes have the logits 0 and ``logits``
         - inputs: ``(samples, features)``, ``(samples, tokens, features)`` or ``(samples, channels, height, width)``
         - target_mask: the shape of ``inputs``, or ``(samples, tokens)``, ``(samples, height, width)``: without features
           or channels. An axis of size one repeats the mask.
@@ -93,10 +94,18 @@ def input_gradient_penalty(
     check_inputs(logits, inputs)
     mask = aligned_mask("target_mask", target_mask, inputs)
     check_within("target_mask", mask, 0, 1)
-    gradient = log_probability_gradient(logits, inputs)
+    gradient = log_probability_gradient(_of_each_class(logits), inputs)
     masked = torch.where(mask != 0, gradient, 0.0) * mask.to(gradient.dtype)
     present = (mask != 0).flatten(1).any(dim=1).expand(len(inputs))
     return reduce(masked.square().flatten(1).sum(dim=1), sample_weight, present, reduction)
+
+
+def _of_each_class(logits: Tensor) -> Tensor:
+    """Return logits of both classes of a binary head; the log-softmax of its one logit would be constant."""
+    if logits.shape[1] > 1:
+        return logits
+    with torch.enable_grad():  # in validation the gradient is taken all the same
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
 class InputGradientPenalty(StatefulLoss):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from scipy import stats
 
-from attn_callbacks.bias import AttentionShare, BiasReport, Candidate, Reliance
+from attn_callbacks.bias import AttentionShare, BiasReport, Reliance
 
 CLASSES = ("cat", "dog", "eel")
 FAIR = [[[50, 50], [50, 50]]]
@@ -132,12 +130,23 @@ def test_feature_finding_shows_the_attention_on_the_set():
 
 # Attention: mass, and whether anything follows from it
 
+WITHOUT = (
+    "the outcome of 0.16 (95 % interval 0.13 to 0.20) of 400 samples changes, and accuracy goes from 0.99 to 0.85."
+)
+
+
+def test_reliance_is_told_in_the_same_figures_everywhere():
+    measured = {"spurious": reliance(60, 5)}
+    seen = report(attention={"spurious": share([0.4, 0.1])}, reliance=measured)
+    assert WITHOUT in only(seen.findings, "feature").text
+    assert WITHOUT in only(seen.findings, "attention").text
+
 
 @pytest.mark.parametrize(
     ("measured", "sentence"),
     [
         ({}, "was not measured: mass is not reliance."),
-        ({"spurious": reliance(60, 5)}, "Predictions do rely on them: without what they hold, the outcome of 0.16"),
+        ({"spurious": reliance(60, 5)}, f"Predictions do rely on them: without what they hold, {WITHOUT}"),
         ({"spurious": reliance(6, 5)}, "Predictions were not seen to rely on them"),
         ({"spurious": Reliance(torch.tensor([[[0, 0], [9, 0]], [[0, 0], [0, 10]]]))}, "was not measured"),
     ],
@@ -226,51 +235,3 @@ def test_group_finding_tells_its_cells():
     )
     cell = next(finding for finding in found if finding.where == "outdoors, cat")
     assert cell.evidence == ("In training, 25 % of the class are of this group.",)
-
-
-# Candidates: where nothing was marked
-
-
-def candidate(p_value=1e-6, wrong=0.3, right=0.1, support=60, compared=0, name="token 'athos'"):
-    return Candidate(name, wrong / right, p_value, wrong, right, support, ("from athos", "to athos"), compared)
-
-
-def test_candidate_finding():
-    finding = only(report(candidates=(candidate(),)).findings, "feature")
-    assert (finding.where, finding.support, finding.answers) == ("token 'athos'", 60, ())
-    assert finding.size == pytest.approx(0.2)
-    assert finding.evidence == ("Example: from athos", "Example: to athos")
-    assert "mark it as spurious" in finding.text
-    assert "0.30 in wrong predictions, 0.10 in right ones" in finding.text
-    assert finding.size / finding.standard_error == pytest.approx(stats.norm.isf(1e-6 / 2))
-
-
-def test_candidates_are_corrected_for_all_that_were_compared():
-    assert len(report(candidates=(candidate(0.001),)).findings) == 1
-    assert report(candidates=(candidate(0.001, compared=100),)).findings == ()
-    finding = only(report(candidates=(candidate(1e-4, compared=100),)).findings, "feature")
-    assert finding.p_value == pytest.approx(0.01)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"candidates": (candidate(0.2),)},
-        {"candidates": (candidate(wrong=0.11, right=0.1),)},
-        {"candidates": (candidate(wrong=0.1, right=0.3),)},
-        {"candidates": (candidate(support=19),)},
-        {"candidates": (candidate(),), "attention": {"spurious": share([0.1, 0.1])}},
-        {"candidates": (candidate(),), "reliance": {"spurious": reliance(5, 5)}},
-        {"candidates": (candidate(),), "counts": [FAIR[0], FAIR[0]]},
-    ],
-    ids=["chance", "dead band", "right", "support", "spurious attention", "spurious reliance", "groups"],
-)
-def test_no_candidate_finding(arguments):
-    assert report(**arguments).findings == ()
-
-
-@pytest.mark.parametrize("p_value", [0.0, 1e-320])
-def test_certain_candidate_stays_finite(p_value):
-    finding = only(report(candidates=(candidate(p_value),)).findings, "feature")
-    assert 0 < finding.standard_error < math.inf
-    assert finding.interval[0] < finding.size < finding.interval[1]

@@ -126,6 +126,28 @@ def test_attention_past_relevant_tokens_below_chance():
     assert "below chance" in finding.text
 
 
+def test_relevant_tokens_without_any_attention_are_found():
+    zero, support = torch.zeros(2), torch.tensor([200, 200])
+    share = AttentionShare(zero, zero, support, error=zero, share=torch.tensor([0.3, 0.01]))
+    (finding,) = report(FAIR, attention={"relevance": share}).findings
+    assert (finding.where, finding.size) == ("relevance, cat", pytest.approx(0.3))
+    assert finding.standard_error > 0
+    assert finding.interval[0] < finding.size < finding.interval[1]
+
+
+def test_names_that_say_what_they_are_of_are_not_doubled():
+    names = {"group_names": ("group 1", "indoors"), "train_counts": None}
+    counts = torch.tensor([[[20, 80], [10, 90]], [[95, 5], [40, 60]]])
+    share = AttentionShare(torch.tensor([0.5, 0.5]), torch.tensor([5.0, 5.0]), torch.tensor([200, 200]))
+    seen = BiasReport(0, 0, counts, ("class 0", "classic"), attention={"spurious": share}, **names)
+    texts = {finding.key: finding.text for finding in seen.findings}
+    assert texts["group", "group 1"].startswith("group 1: accuracy")
+    assert texts["group", "group 1, class 0"].startswith("group 1, class 0: recall")
+    assert texts["group", "indoors, classic"].startswith("Group indoors, class classic: recall")
+    assert texts["class", "class 0"].startswith("class 0: recall")
+    assert texts["attention", "spurious, classic"].startswith("Class classic: 0.50 of the attention")
+
+
 @pytest.mark.parametrize(
     "share",
     [

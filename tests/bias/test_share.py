@@ -22,15 +22,25 @@ def test_attention_share_holds_outcomes_and_errors():
     without = AttentionShare(mass, mass / 0.1, torch.tensor([80, 0]))
     assert float(without.mass_error[0]) == pytest.approx(math.sqrt(25 / 82 * 57 / 82 / 82))  # the bound
     assert set(share.to_dict()) == {
-        *("mass", "lift", "support", "error", "outcome_mass", "outcome_support", "outcome_error")
+        *("mass", "lift", "support", "error", "share", "outcome_mass", "outcome_support", "outcome_error")
     }
     assert share.to_dict()["outcome_mass"] is None
+
+
+def test_chance_of_a_set_without_attention_is_its_share():
+    zero, support = torch.zeros(2), torch.tensor([80, 80])
+    share = AttentionShare(zero, zero, support, error=zero, share=torch.tensor([0.3, 0.2]))
+    assert share.chance.tolist() == pytest.approx([0.3, 0.2])
+    assert share.mass_error.tolist() == pytest.approx([math.sqrt(1 / 82 * 81 / 82 / 82)] * 2)  # equal is not certain
+    assert share.to_dict()["share"] is share.share
+    assert AttentionShare(zero, zero, support).chance.isnan().all()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"error": torch.ones(3)}, r"`error` must have shape \(2,\), got \(3,\)"),
+        ({"share": torch.ones(3)}, r"`share` must have shape \(2,\), got \(3,\)"),
         ({"outcome_mass": torch.ones(2, 2)}, r"go together, got \['outcome_mass'\]"),
         (
             {name: torch.ones(2, 3) for name in ("outcome_mass", "outcome_support", "outcome_error")},

@@ -102,14 +102,37 @@ def test_what_else_was_measured():
     assert row(text, "negative")[-2:] == ["0.010", "0.200"]
     assert row(text, "attention on hashtags")[-2:] == ["mass if wrong", "mass if right"]
     assert row(text, "negative", 1)[-2:] == ["0.600", "0.250"]
-    assert "Attention differs most between negative and positive: Jensen-Shannon distance 0.345." in text
+    assert "Attention by position in the sequence differs most between negative and positive: Jensen-Shannon" in text
+    assert "distance (base 2, less what chance gives) 0.345." in text
     assert row(text, "hashtags") == [
-        *("hashtags", "shuffle", "200", "0.900", "0.700", "0.200 [0.14, 0.26]", "<0.001", "negative 0.400"),
+        *("hashtags", "shuffle", "200", "0.900", "0.700", "0.200 [0.14, 0.26]", "<0.001"),
+        *("0.250 [0.20, 0.31]", "<0.001", "negative 0.400"),
     ]
     assert row(text, "token 'athos'") == [
-        *("token 'athos'", "60", "0.300", "0.100", "3.00", "0.200", "from athos \\", "edu"),
+        *("token 'athos'", "attention", "60", "0.300", "0.100", "3.00", "0.200", "from athos \\", "edu"),
     ]
     assert "| feature: hashtags " in text
+
+
+def candidates_of(*p_values, **arguments):
+    found = [Candidate(f"token {n}", 3.0, p, 0.7, 0.5, 60, kind="presence") for n, p in enumerate(p_values)]
+    return BiasReport(0, 0, torch.full((1, 2, 2), 50), ("negative", "positive"), candidates=found, **arguments)
+
+
+def test_table_of_candidates_holds_the_sure_ones_or_few():
+    def shown(report):
+        lines = report.summary().splitlines()
+        return [line.split("|")[1].strip() for line in lines if line.startswith("| token ")]
+
+    assert shown(candidates_of(*[0.9] * 8)) == [f"token {n}" for n in range(5)]
+    assert shown(candidates_of(0.9, 0.8, *[1e-6] * 6, 0.7)) == [f"token {n}" for n in range(2, 8)]
+    assert shown(candidates_of(0.9, 1e-6)) == ["token 1", "token 0"]
+    marked = {"spurious": Reliance(torch.ones(2, 2, 2))}
+    assert shown(candidates_of(1e-6, reliance=marked)) == []
+    text = candidates_of(1e-6).summary()
+    assert "so that 0.5 is chance. Presence: share of samples that hold it." in text
+    assert row(text, "token 0") == ["token 0", "presence", "60", "0.700", "0.500", "3.00", "<0.001", ""]
+    assert "Presence" not in candidates_of(1e-6, reliance=marked).summary()
 
 
 def test_candidate_to_be_marked():

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from attn_callbacks import BiasMonitor, ClassReweighting
+from attn_callbacks import AttentionGuidance, BiasMonitor, ClassReweighting, DynamicDistributedSampler
+from attn_callbacks._lightning import MisconfigurationException
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback import Action, Feedback
 from tests.callbacks.models import Classifier, Texts, csv_logger, fit, loader, quiet_trainer
@@ -103,6 +105,67 @@ def test_a_withdrawal_survives_resuming(tmp_path: Path) -> None:
     resumed.load_state_dict(monitor.state_dict())
     assert resumed.feedback[0].withdrawn
     assert resumed.ledger == monitor.ledger
+
+
+def test_trials_survive_resuming(tmp_path: Path) -> None:
+    saved = BiasMonitor(feedback=[Noting()], min_support=5, patience=3)
+    run(tmp_path, saved, 3)
+    resumed = BiasMonitor(feedback=[Noting()], min_support=5, patience=3)
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.state_dict()["ledger"]["trials"] == saved.state_dict()["ledger"]["trials"] != {}
+
+
+def test_a_further_run_of_the_same_module_goes_on_and_another_module_starts_anew(tmp_path: Path) -> None:
+    monitor = BiasMonitor(feedback=[Noting()], min_support=5, patience=1)
+    module = run(tmp_path / "first", monitor, 3)
+    run(tmp_path / "second", monitor, 2, module)
+    assert monitor.feedback[0].withdrawn
+    assert len(monitor.ledger) == 5
+    run(tmp_path / "other", monitor, 1)
+    assert not monitor.feedback[0].withdrawn
+    assert [decision["action"] for entry in monitor.ledger for decision in entry["decisions"]] == ["noted"]
+
+
+def test_what_was_withdrawn_does_not_act_before_it_is_held(tmp_path: Path) -> None:
+    class Written(Noting):
+        changes = 0
+
+        def _acting_changed(self) -> None:
+            self.changes += self.acting
+
+    feedback = Written()
+    feedback.withdraw()
+    run(tmp_path, BiasMonitor(feedback=[feedback], dry_run=True), 1)
+    assert feedback.changes == 0
+
+
+def test_guidance_that_is_always_on_says_so_once(tmp_path: Path) -> None:
+    monitor = BiasMonitor(feedback=[AttentionGuidance(control=False)], min_support=5, patience=None)
+    run(tmp_path, monitor, 2)
+    actions = [decision["action"] for entry in monitor.ledger for decision in entry["decisions"]]
+    assert actions == ["acts from the start (always)"]
+
+
+def test_feedback_that_returns_nothing_is_named(tmp_path: Path) -> None:
+    class Silent(Noting):
+        def apply(self, report: BiasReport) -> Any:
+            return None
+
+    with pytest.raises(MisconfigurationException, match=r"`Silent.apply` must return a list of `Action`.*None"):
+        run(tmp_path, BiasMonitor(feedback=[Silent()]), 1)
+
+
+def test_weights_on_top_of_a_sampler_of_ones_own_are_told(tmp_path: Path) -> None:
+    data, more = Texts(64), torch.ones(4, 2)
+    more[1, 0] = more[2, 1] = 9.0  # the cells in which the shortcut misleads are rare
+    sampler = DynamicDistributedSampler(data.labels, groups=data.group)
+    sampler.set_cell_weights(more)
+    monitor, module = BiasMonitor(feedback=[Noting()], min_support=2), unfair()
+    module.criterion.class_weight.copy_(more)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=1)
+    with pytest.warns(UserWarning, match="corrected more than once"):
+        fit(module, trainer, DataLoader(data, 8, sampler=sampler), loader(64, seed=1))
+    assert monitor.ledger[0]["note"]
 
 
 def test_a_dry_run_trains_as_without_feedback_and_says_what_it_would_do(tmp_path: Path) -> None:

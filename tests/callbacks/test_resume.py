@@ -59,7 +59,7 @@ def test_resumed_run_is_bitwise_the_unbroken_one(tmp_path: Path) -> None:
     assert not torch.equal(whole.criterion.class_weight, torch.ones(4, 2))
     assert timeless(continued.ledger) == timeless(monitor.ledger)
     assert torch.equal(continued.report.train_counts, monitor.report.train_counts)
-    assert sum(bool(entry["decisions"]) for entry in monitor.ledger) > 1
+    assert any(entry["decisions"] for entry in monitor.ledger)
 
 
 def test_checkpoint_holds_nothing_that_safe_loading_refuses(tmp_path: Path) -> None:

@@ -69,6 +69,29 @@ def test_batch_without_the_region_is_left_alone():
     assert fed.forwards == 0
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (3,)])
+def test_a_single_logit_takes_the_binary_cross_entropy(shape):
+    fed = step()
+    fed.model = lambda inputs: inputs.sum(dim=(1, 2)).reshape(shape)
+    term = AdversarialTraining(Recording(), when="always").term(fed)
+    logits = (fed.inputs + 1).sum(dim=(1, 2))
+    torch.testing.assert_close(term, F.cross_entropy(torch.stack([torch.zeros(3), logits], dim=1), TARGET))
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3,)])
+def test_attacks_on_a_single_logit_see_both_classes(shape):
+    class Summed(nn.Module):
+        def forward(self, closure, inputs, mask=None):
+            return (closure(inputs) * torch.tensor([100.0, 1.0])).sum()
+
+    fed = step()
+    fed.model = lambda inputs: inputs.sum(dim=(1, 2)).reshape(shape)
+    term = AdversarialTraining(Summed(), closure="logits", when="always").term(fed)
+    torch.testing.assert_close(term, fed.inputs.sum())
+    attack = losses.VirtualAdversarialLoss(0.5)
+    assert AdversarialTraining(attack, closure="logits", when="always").term(fed) > 0
+
+
 def test_own_loss():
     feedback = AdversarialTraining(Recording(), lambda logits, target: logits[target == 0].sum(), when="always")
     fed = step()

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_callbacks.bias import AttentionShare, BiasReport
+from attn_callbacks.bias import AttentionShare, BiasReport, Candidate
 from attn_callbacks.bias.reliance import Reliance
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.feedback.attention_guidance import AttentionGuidance
 from attn_callbacks.feedback.attention_term import attention_term
+from attn_callbacks.feedback.random_rationale import RandomRationaleControl
 from losses import AttentionGuidedLoss
 
 RELEVANCE = torch.tensor([[True, False, False, False], [False, True, True, False]])
@@ -169,7 +170,7 @@ def test_strength_is_raised_while_reliance_stays():
     guidance = AttentionGuidance(coefficient=2.0)
     before = guidance.term(MARKED)
     (action,) = guidance.apply(RELIANT)
-    text = "attention guidance: strength 2 -> 3 (accuracy falls by 0.20 when spurious tokens are shuffled)"
+    text = f"attention guidance: strength 2 -> 3 ({RELIANT.findings[0].text.rstrip('.')})"
     assert (action.text, action.old, action.new) == (text, 2.0, 3.0)
     assert guidance.strength == 3.0
     torch.testing.assert_close(guidance.term(MARKED), 1.5 * before)
@@ -188,17 +189,29 @@ def test_strength_is_raised_for_a_finding_of_attention_where_reliance_was_not_me
 
 def test_strength_is_lowered_when_accuracy_falls():
     guidance = AttentionGuidance()
+    guidance.term(MARKED)
     assert guidance.apply(FAIR) == ()
     (action,) = guidance.apply(FALLEN)
-    assert action.text == "attention guidance: strength 1 -> 0.5 (accuracy 0.50, at best 0.80)"
+    assert action.text == "attention guidance: strength 1 -> 0.5 (accuracy 0.50, before 0.80)"
     assert (action.finding, action.old, action.new) == (None, 1.0, 0.5)
+
+
+def test_strength_of_guidance_that_took_no_part_is_not_lowered():
+    fresh, held = AttentionGuidance(), AttentionGuidance()
+    held.term(MARKED)
+    held.hold(True)
+    for guidance in (fresh, held):
+        assert guidance.apply(FAIR) == guidance.apply(FALLEN) == ()
+        assert guidance.strength == 1.0
+    held.hold(False)
+    assert held.apply(FALLEN)[0].new == 0.5
 
 
 def test_bounds_of_strength_are_its_own():
     guidance = AttentionGuidance(raise_by=4.0, limit=2.0)
     assert guidance.apply(RELIANT)[0].new == 2.0
-    assert AttentionGuidance(tolerance=0.4).apply(FAIR) == ()
     tolerant = AttentionGuidance(tolerance=0.4)
+    tolerant.term(MARKED)
     tolerant.apply(FAIR)
     assert tolerant.apply(FALLEN) == ()
 
@@ -241,6 +254,26 @@ def test_biased_waits_for_a_finding_it_answers(found):
     assert guidance.strength == 0.5  # it has not yet been tried
     guidance.apply(FAIR)
     assert guidance.active
+
+
+def elsewhere(**arguments):
+    """A report of reliance on hashtags, which guidance knows nothing about."""
+    outcomes = Reliance(torch.tensor([[[20, 0], [40, 40]], [[20, 0], [0, 80]]]))
+    return report(reliance={"hashtags": outcomes}, **arguments)
+
+
+def test_neither_candidates_nor_other_sets_switch_it_on():
+    tied = report(candidates=(Candidate("token 'film'", 3.0, 1e-6, 0.6, 0.2, 90),))
+    control = RandomRationaleControl(AttentionGuidance(when="biased"))
+    assert control.when == "biased"
+    assert RandomRationaleControl(AttentionGuidance()).when == "always"
+    for harmless in (tied, elsewhere()):
+        assert [finding.kind for finding in harmless.findings] == ["feature"]
+        for guidance in (AttentionGuidance(when="biased"), control):
+            assert guidance.answered(harmless) == ()
+            assert guidance.apply(harmless) == ()
+            assert not guidance.active
+    assert [each.where for each in control.answered(RELIANT)] == ["spurious"]
 
 
 def test_held_back_it_decides_and_adds_nothing():

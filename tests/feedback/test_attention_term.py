@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attn_callbacks.capture import AttentionCall
-from attn_callbacks.feedback.attention_term import attention_term, guided_calls
+from attn_callbacks.feedback.attention_term import _index, attention_term, chosen_heads, guided_calls
 
 BATCH, HEADS, KEYS, WIDTH = 3, 4, 6, 8
 SPURIOUS = torch.tensor([[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool()
@@ -272,3 +272,15 @@ def test_nothing_trainable_is_refused():
 def test_wrong_arguments_are_refused(calls, arguments, message):
     with pytest.raises(ValueError, match=message):
         attention_term(calls, **arguments)
+
+
+def test_head_index_is_copied_once_and_can_be_trained_through():
+    _index.cache_clear()
+    first = layer()
+    with torch.inference_mode():
+        chosen_heads(first, torch.zeros(2, HEADS, 4), (1,))
+    values = torch.ones(2, HEADS, 4, requires_grad=True)
+    chosen_heads(first, values, [1]).sum().backward()
+    assert values.grad.sum(dim=(0, 2)).tolist() == [0.0, 8.0, 0.0, 0.0]
+    assert _index((1,), values.device) is _index((1,), values.device)
+    assert chosen_heads(first, values, None) is values

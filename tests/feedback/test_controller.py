@@ -39,10 +39,68 @@ def test_first_step_by_hand():
 
 
 def test_second_step_by_hand():
-    state = step([0.9, 0.9], state=step([0.5, 0.9]))
-    # averages 0.7 * 0.5 + 0.3 * 0.9 = 0.62 and 0.9: deviations +-0.14, log weights moved by +-0.28 in all +-0.68
-    assert state.average == pytest.approx((0.62, 0.9))
-    assert state.weight == pytest.approx((math.exp(0.68) / math.cosh(0.68), math.exp(-0.68) / math.cosh(0.68)))
+    state = step([0.67, 0.9], state=step([0.5, 0.9]))
+    # averages 0.5 + 0.17 * 0.3 / 0.51 = 0.6 and 0.9: deviations +-0.15, but now +-0.115, so +-0.4 and +-0.23
+    assert state.average == pytest.approx((0.6, 0.9))
+    assert state.settled == pytest.approx((0.51, 0.51))
+    assert state.weight == pytest.approx((math.exp(0.63) / math.cosh(0.63), math.exp(-0.63) / math.cosh(0.63)))
+
+
+def test_average_is_followed_no_further_than_the_last_recalls_go():
+    state = step([0.5, 0.7, 0.9], state=step([0.2, 0.7, 0.9]))
+    # averages 0.376, 0.7, 0.9, mean 0.659; now 0.5, 0.7, 0.9, mean 0.7: 0.2 of 0.282; none of -0.041; -0.2 of -0.241
+    moved = np.array([0.8 + 0.4, -0.2, -0.6 - 0.4])  # 0.4, -0.1 and -0.3 in the first step
+    assert state.weight == pytest.approx(np.exp(moved) / np.exp(moved).mean())
+
+
+@pytest.mark.parametrize("now", [0.92, 0.9])
+def test_no_weight_moves_against_or_without_a_present_deviation(now):
+    """The average of the first still lies far below, its last recall does not."""
+    before = step([0.0, 0.9])
+    after = step([now, 0.9], state=before)
+    assert after.average[0] < 0.6
+    assert after.log_weight == pytest.approx(before.log_weight)
+
+
+def test_first_report_weighs_no_more_than_the_second():
+    state = fresh(1)
+    for count, recall in enumerate((0.0, 0.9, 0.8), start=1):
+        state = step([recall], state=state)
+        weights = 0.7 ** np.arange(count)[::-1]
+        assert state.average[0] == pytest.approx(weights @ np.array([0.0, 0.9, 0.8])[:count] / weights.sum())
+
+
+def test_a_saved_average_without_its_count_has_settled():
+    assert step([0.9, 0.9], state=ControllerState((0.0, 0.0), (0.5, NAN))).average == pytest.approx((0.62, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("lag", "epochs", "highest", "gap"), [(0.3, 12, 1.8, 0.02), (0.5, 12, 2.4, 0.06), (0.7, 25, 3.3, 0.02)]
+)
+def test_a_collapsed_start_does_not_overshoot(lag, epochs, highest, gap):
+    """Recalls of two classes respond by a logistic curve, each epoch with some of its lag; 1.5 is balance."""
+    ratios, gaps = [], []
+    for seed in range(10):
+        generator, state, strength, passed = np.random.default_rng(seed), fresh(2), -6.0, []
+        for _ in range(epochs):
+            passed.append(state.log_weight[1] - state.log_weight[0])
+            strength = lag * strength + (1 - lag) * (passed[-1] - 1.5)
+            recall = 1 / (1 + np.exp(np.array([strength, -strength]) - 3))
+            state = step((generator.binomial(100, recall) / 100).tolist(), [100] * 2, [0.95, 0.05], state)
+        ratios.append(max(passed))
+        gaps.append(recall[1] - recall[0])
+    assert 1.4 < np.mean(ratios) < highest
+    assert abs(np.mean(gaps)) < gap  # that of one measurement has a standard error of 0.03
+
+
+def test_a_class_that_recovers_by_itself_is_left_alone():
+    """The recall that was 0 in the first epochs is 0.92 from then on: nothing is left to be corrected."""
+    state, ratios = fresh(2), []
+    for epoch in range(30):
+        state = step([0.0 if epoch < 2 else 0.92, 0.9], [50, 50], state=state)
+        ratios.append(state.weight[0] / state.weight[1])
+    assert max(ratios) == pytest.approx(ratios[1])
+    assert ratios[-1] < 40  # two steps of 0.9; without the second condition the average goes on to 100
 
 
 def test_three_classes_with_a_skewed_prior_by_hand():
@@ -98,7 +156,7 @@ def test_cell_that_lost_its_support_keeps_its_average_and_its_place():
 def test_warm_up_averages_and_does_not_act():
     state = step([0.2, 0.9], act=False)
     assert state.log_weight == (0.0, 0.0)
-    assert step([0.4, 0.9], state=state, act=False).average == pytest.approx((0.26, 0.9))
+    assert step([0.4, 0.9], state=state, act=False).average == pytest.approx((0.2 + 0.2 / 1.7, 0.9))
 
 
 def test_bounds_before_normalisation():
@@ -255,17 +313,29 @@ def test_a_row_that_is_worse_as_a_whole_stays_and_never_saturates():
 
 def test_rows_against_arrays():
     generator = np.random.default_rng(0)
-    state, log_weight, average = fresh(6), np.zeros((2, 3)), None
-    for _ in range(12):
+    state, log_weight, weighed = fresh(6), np.zeros((2, 3)), np.zeros((2, 3))
+    for count in range(1, 13):
         recall = generator.uniform(size=(2, 3))
         state = control_step(state, recall.ravel().tolist(), [10**7] * 6, [1 / 6] * 6, PLAIN, width=3)
-        average = recall if average is None else 0.7 * average + 0.3 * recall
-        error = average.mean() - average
-        log_weight = log_weight + 2 * np.where(np.abs(error) > 0.02, error, 0)
+        weighed = 0.7 * weighed + 0.3 * recall
+        error = (weighed.mean() - weighed) / (1 - 0.7**count)
+        error = np.where(np.abs(error) > 0.02, error, 0)
+        error -= error.mean(axis=1, keepdims=True)
+        now = recall.mean(axis=1, keepdims=True) - recall
+        move = np.sign(error) * np.minimum(np.abs(error), np.abs(now))
+        log_weight = log_weight + 2 * np.where(error * now > 0, move, 0)
         log_weight = (log_weight - log_weight.mean(axis=1, keepdims=True)).clip(-np.log(10), np.log(10))
         log_weight -= log_weight.mean(axis=1, keepdims=True)
         assert state.log_weight == pytest.approx(log_weight.ravel())
     assert np.abs(log_weight).max() > 1
+
+
+def test_rows_are_compared_with_the_present_within_themselves():
+    """Both cells of the first row are below the mean of all, but the one with the lower average is now the better."""
+    before = control_step(fresh(4), [0.1, 0.5, 0.9, 0.9], [1000] * 4, [0.25] * 4, PLAIN, width=2)
+    after = control_step(before, [0.6, 0.5, 0.9, 0.9], [1000] * 4, [0.25] * 4, PLAIN, width=2)
+    assert after.average[0] < after.average[1]
+    assert after.log_weight == pytest.approx(before.log_weight)
 
 
 def test_cells_of_a_row_that_were_never_measured_rest():
@@ -313,10 +383,20 @@ def test_f1_by_hand():
 
 def test_the_direction_is_averaged_too():
     state = f1_moves([0.9, 0.5], [0.0, -0.6], smoothing=0.5)
-    after = f1_moves([0.9, 0.5], [0.0, 0.4], smoothing=0.5, state=state)  # on average still -0.1
-    assert after.excess == pytest.approx((0.0, -0.1))
+    after = f1_moves([0.9, 0.5], [0.0, -0.3], smoothing=0.5, state=state)
+    assert after.excess == pytest.approx((0.0, -0.4))
     assert after.weight[1] > state.weight[1]
     assert f1_moves([0.9, 0.5], [0.0, 0.4], smoothing=0.0, state=state).weight[1] < state.weight[1]
+
+
+@pytest.mark.parametrize(("f1", "over"), [([0.9, 0.5], 0.2), ([0.9, 0.95], -0.3), ([0.9, 0.5], 0.0)])
+def test_f1_moves_nothing_against_the_last_report(f1, over):
+    """On average it lies below the mean, predicted too rarely; the last report alone would not raise it."""
+    state = f1_moves([0.9, 0.3], [0.0, -0.6])
+    after = f1_moves(f1, [0.0, over], state=state)
+    assert after.average[1] < after.average[0] - 0.1
+    assert after.excess[1] < -0.1
+    assert after.log_weight == pytest.approx(state.log_weight)
 
 
 def test_f1_rests():
@@ -356,20 +436,25 @@ def macro_f1(shares):
     return float(np.mean(2 * np.diag(mixed) / (mixed.sum(axis=0) + mixed.sum(axis=1))))
 
 
+def drawn(generator, size, shares):
+    return np.array([generator.multinomial(size, row / row.sum()) for row in shares])
+
+
 @pytest.mark.parametrize("size", [25, 200])
 def test_under_a_long_tail_macro_f1_rises_where_equal_recalls_lower_it(size):
     """The monitor has as many of each class; training and test have not."""
     prior, start = LONG_TAIL.tolist(), macro_f1(softmax_confusion([0.0] * 4))
-    by_recall = by_f1 = fresh(4)
     scores = []
-    for _ in range(30):
-        counts = (size * softmax_confusion(by_recall.log_weight)).round()
-        recall = (np.diag(counts) / counts.sum(axis=1)).tolist()
-        by_recall = control_step(by_recall, recall, [size] * 4, prior, PLAIN)
-        seen = f1_rates((size * softmax_confusion(by_f1.log_weight)).round().tolist(), prior)
-        by_f1 = f1_step(by_f1, seen, [size] * 4, prior, PLAIN)
-        scores.append([macro_f1(softmax_confusion(state.log_weight)) for state in (by_recall, by_f1)])
-    equal, better = np.mean(scores[-10:], axis=0)
+    for seed in range(8):
+        generator, by_recall, by_f1 = np.random.default_rng(seed), fresh(4), fresh(4)
+        for epoch in range(30):
+            counts = drawn(generator, size, softmax_confusion(by_recall.log_weight))
+            by_recall = control_step(by_recall, (np.diag(counts) / size).tolist(), [size] * 4, prior, PLAIN)
+            seen = f1_rates(drawn(generator, size, softmax_confusion(by_f1.log_weight)).tolist(), prior)
+            by_f1 = f1_step(by_f1, seen, [size] * 4, prior, PLAIN)
+            if epoch >= 20:
+                scores.append([macro_f1(softmax_confusion(state.log_weight)) for state in (by_recall, by_f1)])
+    equal, better = np.mean(scores, axis=0)
     assert start == pytest.approx(0.614, abs=0.001)
-    assert equal < start - 0.02
-    assert better > start + (0.002 if size == 25 else 0.01)
+    assert equal < start - 0.015
+    assert better > start + (-0.002 if size == 25 else 0.01)  # so few samples show what to avoid, and hardly more

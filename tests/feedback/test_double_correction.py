@@ -26,17 +26,21 @@ def said(natural, fed, weights=None, adjustment=None, classes=CLASSES, **argumen
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.booleans(), st.integers(0, 10**6))
+@given(
+    *(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.sampled_from([None, "class", "group"])),
+    st.integers(0, 10**6),
+)
 def test_effective_prior_against_loops(groups, classes, by_group, adjusted, seed):
     random = np.random.default_rng(seed)
     counts = random.integers(0, 50, (groups, classes))
     counts[0, 0] = 1
     weights = random.uniform(0.1, 5, (groups, classes) if by_group else (classes,))
-    adjustment = random.normal(0, 2, classes)
+    adjustment = random.normal(0, 2, (groups, classes) if adjusted == "group" else (classes,))
+    margins = np.broadcast_to(adjustment, (groups, classes))
     expected = np.zeros((groups, classes))
     for group, label in itertools.product(range(groups), range(classes)):
         weight = weights[group, label] if by_group else weights[label]
-        expected[group, label] = counts[group, label] * weight * (math.exp(-adjustment[label]) if adjusted else 1)
+        expected[group, label] = counts[group, label] * weight * (math.exp(-margins[group, label]) if adjusted else 1)
     got = effective_prior(torch.tensor(counts), torch.tensor(weights), torch.tensor(adjustment) if adjusted else None)
     np.testing.assert_allclose(got.numpy(), expected / expected.sum(), atol=1e-12)
 
@@ -89,6 +93,17 @@ def test_sampling_and_margins():
     text = said(RARE, EQUAL, None, LOG_PRIOR)
     # the margins divide by the prior: 0.5 / 0.9 against 0.5 / 0.1
     assert "multiplied by sampling (5.0) and the logit adjustment (1.8), as if 0.90 of" in text
+
+
+def test_sampling_and_margins_by_group():
+    natural = torch.tensor([[450, 50], [250, 250]])
+    criterion = LogitAdjustedLoss(natural)
+    fed = torch.tensor([[0.25, 0.25], [0.25, 0.25]])
+    assert said(natural, natural, adjustment=criterion.adjustment, groups=("web", "mail")) is None
+    text = said(natural, fed, adjustment=criterion.adjustment, groups=("web", "mail"))
+    assert text.startswith(
+        "Group web, class spam is corrected more than once: its share is multiplied by sampling (5.0)"
+    )
 
 
 def test_weights_and_margins_without_a_sampler():
@@ -151,7 +166,10 @@ def test_training_is_not_touched():
         (lambda: effective_prior(torch.tensor([1.0, 2.0])), "`counts` must have 2 axes, got shape (2,)"),
         (lambda: effective_prior(torch.zeros(1, 2)), "`counts` must have a cell above 0"),
         (lambda: effective_prior(RARE, torch.ones(3)), "`weights` must have shape (2,) or (1, 2), got (3,)"),
-        (lambda: effective_prior(RARE, adjustment=torch.ones(3)), "`adjustment` must have shape (2,), got (3,)"),
+        (
+            lambda: effective_prior(RARE, adjustment=torch.ones(3)),
+            "`adjustment` must have shape (2,) or (1, 2), got (3,)",
+        ),
         (lambda: said(RARE, torch.ones(2, 2)), "`natural` and `fed` must have shape (groups, classes)"),
         (lambda: said(RARE, EQUAL, groups=("a", "b")), "got (1, 2) and (1, 2) for 2 `classes` and 2 `groups`"),
         (lambda: said(RARE, torch.zeros(1, 2)), "`fed` must have a cell above 0"),

@@ -55,7 +55,7 @@ def test_strengths_follow_reliance():
     feedback.bind(module())
     (action,) = feedback.apply(report(finding(where="border", size=0.3), finding("class", "names"), measured=["names"]))
     assert feedback.penalty.feature_strength.tolist() == pytest.approx([0.6, 0, 0, 0.6, 0])
-    assert str(action) == "border: strength 0.00 -> 0.60 (accuracy lost without it 0.30)"
+    assert str(action) == "border: strength 0.00 -> 0.60 (outcomes changed without it 0.30)"
     assert (action.finding, action.old, action.new) == (("feature", "border"), 0.0, pytest.approx(0.6))
     feedback.apply(report(finding(where="names", size=0.1)))  # the border was not measured: it keeps its strength
     assert feedback.penalty.feature_strength.tolist() == pytest.approx([0.6, 0.2, 0, 0.6, 0])

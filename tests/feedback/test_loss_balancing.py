@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -103,6 +104,19 @@ def test_what_counts_as_a_fall(accuracy, samples, tolerance, falls):
     feedback.apply(report(finding(), accuracy=0.9, samples=samples))
     feedback.apply(report(accuracy=accuracy, samples=samples))
     assert fixed(task)["reliance"] == (0.1 if falls else 0.2)
+
+
+def test_chance_alone_rarely_takes_a_step_back():
+    drawn = np.random.default_rng(0).binomial(400, 0.8, (100, 20)) / 400
+    backs = 0
+    for run in drawn:
+        task = Task()
+        feedback = bound(task)
+        texts = [
+            str(action) for value in run for action in feedback.apply(report(finding(), accuracy=value, samples=400))
+        ]
+        backs += any("fell" in text for text in texts)
+    assert backs < 15
 
 
 def losses_of(balancer, epoch):

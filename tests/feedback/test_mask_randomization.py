@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from attn_callbacks.feedback._shuffle import shuffle_region
+from attn_callbacks.feedback._shuffle import moved, shuffle_region
 from attn_callbacks.feedback.mask_randomization import MaskRandomization
 from losses import MaskRandomization as Transform
 from tests.feedback.feature_steps import FakeStep, finding, real_report, report, saved
@@ -22,6 +22,37 @@ VALID = torch.arange(4) < LENGTHS[:, None]
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def test_drawn_numbers_reach_a_gpu_without_a_wait():
+    class Drawn:
+        pinned = False
+
+        def pin_memory(self):
+            self.pinned = True
+            return self
+
+        def to(self, device, non_blocking=False):
+            return device, non_blocking
+
+    for name, pinned in (("cuda:1", True), ("cpu", False)):
+        drawn, device = Drawn(), torch.device(name)
+        result = moved(drawn, device)
+        assert drawn.pinned == pinned
+        assert result == (device, True) if pinned else result[0] == device
+    assert torch.equal(moved(TOKENS, torch.device("cpu")), TOKENS)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_shuffling_on_a_gpu_never_waits():
+    tokens, mask, valid = TOKENS.cuda(), SPURIOUS.cuda(), VALID.cuda()
+    moved(torch.zeros(6), tokens.device)  # the first pinned memory has to be made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = shuffle_region(tokens, mask, valid, generator=generator())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), shuffle_region(TOKENS, SPURIOUS, VALID, generator=generator()))
 
 
 def donors_of(tokens):

@@ -195,7 +195,7 @@ def test_recall_is_averaged_while_it_waits():
     feedback.apply(report())
     other.apply(report())
     averages = feedback.state_dict()["average"], other.state_dict()["average"]
-    np.testing.assert_allclose(averages[0], [0.9, 0.7 * 0.9 + 0.3 * 0.5])
+    np.testing.assert_allclose(averages[0], [0.9, 0.9 - 0.4 / 1.7])
     np.testing.assert_allclose(averages[1], [0.9, 0.5])
 
 

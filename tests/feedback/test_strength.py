@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from attn_callbacks.bias import AttentionShare, BiasReport
 from attn_callbacks.bias.reliance import Reliance
+from attn_callbacks.feedback._accuracy_level import AccuracyLevel
 from attn_callbacks.feedback.strength import (
     Evidence,
     StrengthSettings,
@@ -57,14 +58,33 @@ def test_raised_every_other_report_while_more_is_wanted():
     assert factors(wanted, wanted, wanted, wanted, seen(), seen()) == [1.5, 1.5, 2.25, 2.25, 2.25, 2.25]
 
 
-def test_lowered_when_accuracy_falls_whatever_is_wanted():
-    fallen = seen(0.85, "reliance")
+def test_lowered_when_accuracy_falls_and_nothing_is_wanted():
+    fallen = seen(0.85)
     assert factors(seen(), fallen, fallen, fallen, seen(0.9)) == [1.0, 0.5, 0.5, 0.25, 0.25]
 
 
-def test_the_best_accuracy_counts_not_the_last():
-    assert factors(seen(0.9), seen(0.885), seen(0.87), seen(0.855)) == [1.0, 1.0, 0.5, 0.5]
-    assert factors(seen(0.85), seen(0.95), seen(0.92)) == [1.0, 1.0, 0.5]
+def test_never_lowered_while_more_is_wanted():
+    """On balanced data, a shortcut that is being learned takes from accuracy with and without spurious tokens."""
+
+    def learned(without, with_them, reason="reliance"):
+        return Evidence({"without": (without, 0.001), "with": (with_them, 0.001)}, reason)
+
+    growing = [learned(0.9, 0.92), learned(0.8, 0.85), learned(0.7, 0.8), learned(0.6, 0.75), learned(0.55, 0.7)]
+    assert factors(*growing) == [1.5, 1.5, 2.25, 2.25, 3.375]
+    assert factors(*growing, learned(0.55, 0.7, None), learned(0.55, 0.7, None))[-1] == 3.375 / 2
+
+
+def test_guidance_that_never_acted_is_not_lowered():
+    state = walk(seen(0.9))[-1]
+    idle = strength_step(state, seen(0.5), PLAIN, acted=False)
+    assert (idle.factor, idle.resting) == (1.0, False)
+    assert strength_step(state, seen(0.5), PLAIN).factor == 0.5
+    assert strength_step(state, seen(0.5, "reliance"), PLAIN, acted=False).factor == 1.5
+
+
+def test_the_running_mean_counts_not_the_last():
+    assert factors(seen(0.9), seen(0.885), seen(0.875), seen(0.865)) == [1.0, 1.0, 1.0, 0.5]
+    assert factors(seen(0.85), seen(0.95), seen(0.85)) == [1.0, 1.0, 0.5]
 
 
 def test_a_fall_within_tolerance_or_two_standard_errors_is_none():
@@ -84,11 +104,11 @@ def test_bounds():
 
 
 def test_at_a_bound_nothing_rests():
-    top = StrengthState(factor=10.0, best={"accuracy": (0.9, 0.001)})
+    top = StrengthState(factor=10.0, levels={"accuracy": AccuracyLevel(0.9, 0.001, 1)})
     assert factors(seen(reason="reliance"), seen(0.8), state=top) == [10.0, 5.0]
 
 
-def test_each_measure_has_its_own_best():
+def test_each_measure_has_its_own_level():
     shuffled = seen(0.6, measure="accuracy without spurious tokens")
     assert factors(seen(0.99), shuffled, seen(0.98), shuffled) == [1.0] * 4
     assert factors(seen(0.99), shuffled, seen(0.9)) == [1.0, 1.0, 0.5]
@@ -100,19 +120,19 @@ def test_accuracy_fell_only_if_all_of_it_fell():
 
     assert factors(both(0.5, 1.0, "reliance"), both(0.9, 0.9), both(0.9, 0.9)) == [1.5, 1.5, 1.5]  # the shortcut goes
     assert factors(both(0.9, 0.9), both(0.5, 1.0, "reliance")) == [1.0, 1.5]  # it comes back
-    assert factors(both(0.9, 0.9), both(0.7, 0.8, "reliance")) == [1.0, 0.5]  # the fit is ruined
+    assert factors(both(0.9, 0.9), both(0.7, 0.9), both(0.7, 0.8)) == [1.0, 1.0, 0.5]  # the fit is ruined
 
 
-def test_not_acting_notes_the_best():
+def test_not_acting_notes_the_accuracy():
     state = strength_step(StrengthState(), seen(0.95, "reliance"), PLAIN, act=False)
-    assert (state.factor, state.best) == (1.0, {"accuracy": (0.95, 0.001)})
+    assert (state.factor, state.levels) == (1.0, {"accuracy": (0.95, 0.001, 1)})
     assert factors(seen(0.8), state=state) == [0.5]
 
 
-def test_accuracy_that_was_not_measured_is_no_best_and_no_fall():
+def test_accuracy_that_was_not_measured_is_no_level_and_no_fall():
     state = walk(seen(), seen(math.nan, error=math.nan))[-1]
-    assert (state.factor, state.best) == (1.0, {"accuracy": (0.9, 0.001)})
-    assert walk(seen(math.nan))[-1].best == {}
+    assert (state.factor, state.levels) == (1.0, {"accuracy": (0.9, 0.001, 1)})
+    assert walk(seen(math.nan))[-1].levels == {}
 
 
 evidences = st.lists(
@@ -136,9 +156,9 @@ def test_always_within_bounds_in_single_steps_and_resumable(history, cut):
 
 
 def test_state_keeps_what_a_saved_one_lacks():
-    state = StrengthState(2.0, {"accuracy": (0.9, 0.1)}, True)
+    state = StrengthState(2.0, {"accuracy": AccuracyLevel(0.9, 0.1, 3)}, True)
     assert state.restored({}) == state
-    assert state.restored({"factor": 1.0}) == StrengthState(1.0, {"accuracy": (0.9, 0.1)}, True)
+    assert state.restored({"factor": 1.0}) == StrengthState(1.0, {"accuracy": AccuracyLevel(0.9, 0.1, 3)}, True)
 
 
 def test_accuracy_is_read_where_nothing_else_was_measured():

@@ -136,7 +136,7 @@ def test_update_reads_no_value_off_the_cpu():
         ({"logits": torch.ones(2, 4)}, r"`logits` .* at most 3 classes, got \(2, 4\)"),
         ({"logits": torch.ones(2, 3, 1)}, r"`logits` must have shape \(samples, classes\)"),
         ({"target": torch.tensor([0, 3])}, "`target` must lie between 0 and 2, got 3"),
-        ({"group": torch.tensor([0, 2])}, "`group` must lie between 0 and 1, got 2"),
+        ({"group": torch.tensor([0, 2])}, "`group` must lie between 0 and 1, got 2: there are 2 groups"),
         ({"group": torch.tensor([0])}, r"`group` must have shape \(samples,\) = \(2,\), got \(1,\)"),
     ],
 )
@@ -144,6 +144,14 @@ def test_wrong_update_raises(arguments, message):
     batch = {"logits": torch.zeros(2, 3), "target": torch.tensor([0, 1]), **arguments}
     with pytest.raises(ValueError, match=message):
         GroupCalibration(3, 2).update(**batch)
+
+
+def test_samples_of_an_unknown_group_are_left_out():
+    every, known = GroupCalibration(3, 2), GroupCalibration(3, 2)
+    logits = torch.arange(9.0).view(3, 3).sin()
+    every.update(logits, torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1, -1, 0]))
+    known.update(logits[[0, 2]], torch.tensor([0, 2]), torch.tensor([1, 0]))
+    torch.testing.assert_close(tuple(every.compute()), tuple(known.compute()))
 
 
 def test_wrong_part_and_sizes_raise():

@@ -59,8 +59,10 @@ def test_two_processes_equal_one_on_the_union():
         (([0, 2], [0, 1], [0, 1]), "`predicted` must lie between 0 and 1, got 2"),
         (([0, -1], [0, 1], [0, 1]), "`predicted` must lie between 0 and 1, got -1"),
         (([0, 1], [0, 7], [0, 1]), "`target` must lie between 0 and 1, got 7"),
-        (([0, 1], [0, 1], [0, 3]), "`group` must lie between 0 and 2, got 3"),
-        (([0, 1], [0, 1], [-1, 0]), "`group` must lie between 0 and 2, got -1"),
+        (
+            ([0, 1], [0, 1], [0, 3]),
+            r"`group` must lie between 0 and 2, got 3: there are 3 groups\. Pass `groups=` names for all\.",
+        ),
         (([0, 1], [0], [0, 0]), r"`target` must have shape \(samples,\) = \(2,\), got \(1,\)"),
         (([[0, 1]], [0], [0]), "`predicted` must have 1 axes"),
     ],
@@ -89,8 +91,55 @@ def test_ignored_samples_may_carry_any_label():
 
 
 def test_scores_in_place_of_labels_raise():
-    with pytest.raises(TypeError, match=r"`predicted` must hold whole-number labels, got torch.float32. Take `argmax`"):
-        GroupConfusion(2).update(torch.tensor([0.2, 0.8]), torch.tensor([0, 1]))
+    with pytest.raises(
+        TypeError, match=r"`predicted` must hold whole-number labels, got 0.25\. Take `argmax\(dim=1\)`"
+    ):
+        GroupConfusion(2).update(torch.tensor([0.0, 0.25]), torch.tensor([0, 1]))
+
+
+def test_one_group_is_named_as_one():
+    with pytest.raises(ValueError, match="`group` must lie between 0 and 0, got 1: there is 1 group"):
+        GroupConfusion(2).update(torch.tensor([0]), torch.tensor([0]), torch.tensor([1]))
+
+
+def test_samples_of_an_unknown_group_are_left_out():
+    metric = GroupConfusion(2, 2)
+    metric.update(torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]), torch.tensor([-1, 1, -100]))
+    assert metric.compute().tolist() == [[[0, 0], [0, 0]], [[0, 0], [0, 1]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.bool, torch.uint8])
+def test_whole_numbers_of_other_types_are_labels(dtype):
+    metric = GroupConfusion(2, 2)
+    metric.update(torch.tensor([0, 1]), torch.tensor([0, 1]).to(dtype), torch.tensor([1, 0]).to(dtype))
+    assert metric.compute().tolist() == [[[0, 0], [0, 1]], [[1, 0], [0, 0]]]
+
+
+def test_lists_of_numbers_are_labels():
+    metric = GroupConfusion(2, 2)
+    metric.update(torch.tensor([0, 1]), [0.0, 1.0], (1, 0))
+    assert metric.compute().tolist() == [[[0, 0], [0, 1]], [[1, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.5])
+def test_numbers_that_are_not_whole_are_no_labels(bad):
+    with pytest.raises(TypeError, match=f"`target` must hold whole-number labels, got {bad}"):
+        GroupConfusion(2).update(torch.tensor([0, 1]), torch.tensor([0.0, bad]))
+    with pytest.raises(TypeError, match=r"got torch\.complex64"):
+        GroupConfusion(2).update(torch.tensor([0, 1]), torch.ones(2, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize(("labels", "got"), [(["a", "b"], "strings such as 'a'"), ("ab", "strings such as 'ab'")])
+def test_names_in_place_of_numbers_raise(labels, got):
+    with pytest.raises(
+        TypeError, match=rf"`group`: expected integers, got {got}\. Number them, .*groups\.index\(name\)"
+    ):
+        GroupConfusion(2, 2).update(torch.tensor([0, 1]), torch.tensor([0, 1]), labels)
+
+
+def test_what_is_no_list_raises():
+    with pytest.raises(TypeError, match="`group`: expected integers, got dict"):
+        GroupConfusion(2, 2).update(torch.tensor([0, 1]), torch.tensor([0, 1]), {"a": 1})
 
 
 def test_empty_batch_counts_nothing():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attn_callbacks.functional import attention_mass, target_share
-from attn_callbacks.metrics.mass import ClassMass, ClassMassResult, pooled_mass
+from attn_callbacks.metrics.mass import ClassMass, ClassMassResult
 from tests.metrics.merging import reduced
 from tests.metrics.test_no_wait import assert_updated_in_place, layout
 
@@ -41,8 +41,10 @@ def test_masses_match_a_loop():
     assert sums[2, 2] == 0
     np.testing.assert_allclose(result.mass[:2], sums[:2, 0] / sums[:2, 2])
     np.testing.assert_allclose(result.lift[:2], sums[:2, 0] / sums[:2, 1])
+    np.testing.assert_allclose(result.share[:2], sums[:2, 1] / sums[:2, 2])
     assert result.mass[2].isnan()
     assert result.lift[2].isnan()
+    assert result.share[2].isnan()
 
 
 def with_outcome(seed: int) -> tuple[torch.Tensor, ...]:
@@ -71,30 +73,13 @@ def test_errors_and_outcomes_match_a_loop():
         masses = np.array([mass for mass, _, target, _ in samples if target == label])
         assert result.error[label].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(masses)))
         for outcome in (False, True):
-            own = [(mass, share) for mass, share, target, right in samples if (target, right) == (label, outcome)]
-            masses, shares = np.array(own).T
+            masses = np.array([mass for mass, _, *own in samples if own == [label, outcome]])
             place = label, int(outcome)
-            assert result.outcome_support[place] == len(own)
+            assert result.outcome_support[place] == len(masses) > 2
             assert result.outcome_mass[place].item() == pytest.approx(masses.mean())
-            assert result.outcome_error[place].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(own)))
-            assert result.outcome_lift[place].item() == pytest.approx(masses.mean() / shares.mean())
+            assert result.outcome_error[place].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(masses)))
     assert result.outcome_support.sum(dim=1).tolist() == result.support.tolist()
     assert result.outcome_mass[2].isnan().all()
-
-
-def test_pooled_outcomes_match_a_loop():
-    metric, batches = ClassMass(3), [with_outcome(seed) for seed in range(3)]
-    lone = (torch.tensor([0.9]), torch.tensor([0.5]), torch.tensor([2]), torch.tensor([False]))  # has no error
-    for batch in (*batches, lone):
-        metric.update(*batch)
-    result = metric.compute()
-    mass, error, support = pooled_mass(result.outcome_mass, result.outcome_error, result.outcome_support)
-    samples = [*counted(batches), (0.9, 0.5, 2, False)]
-    for outcome in (False, True):
-        masses = np.array([mass for mass, _, _, right in samples if right == outcome])
-        assert support[int(outcome)] == len(masses)
-        assert mass[int(outcome)].item() == pytest.approx(masses.mean())
-        assert error[int(outcome)].item() == pytest.approx(masses.std(ddof=1) / np.sqrt(len(masses)))
 
 
 def test_batches_without_outcome_count_for_their_class_alone():
@@ -107,16 +92,24 @@ def test_batches_without_outcome_count_for_their_class_alone():
     assert (result.support == 2 * result.outcome_support.sum(dim=1)).all()
 
 
-def test_first_fields_are_those_of_an_attention_share():
-    shared = ("mass", "lift", "support", "error", "outcome_mass", "outcome_support", "outcome_error")
-    assert ClassMassResult._fields[:7] == shared
+def test_fields_are_those_of_an_attention_share():
+    shared = ("mass", "lift", "support", "error", "outcome_mass", "outcome_support", "outcome_error", "share")
+    assert ClassMassResult._fields == shared
+
+
+def test_set_without_attention_keeps_its_share():
+    metric = ClassMass(2)
+    metric.update(torch.zeros(30), torch.full((30,), 0.2), torch.zeros(30, dtype=torch.long))
+    result = metric.compute()
+    assert (result.mass[0].item(), result.lift[0].item()) == (0.0, 0.0)
+    assert result.share[0].item() == pytest.approx(0.2)
 
 
 def test_update_with_outcome_reads_no_value_off_the_cpu():
     labels, share = torch.ones(4, dtype=torch.long, device="meta"), torch.ones(4, device="meta")
     metric = ClassMass(2).to("meta")
     assert_updated_in_place(metric, share[:, None], share, labels, labels.bool())
-    assert layout(metric)["outcome_sums"] == ("meta", torch.float64, (2, 2, 3))
+    assert layout(metric)["outcome_sums"] == ("meta", torch.float64, (2, 2, 2))
 
 
 def test_uniform_attention_has_lift_one():

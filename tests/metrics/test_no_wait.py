@@ -41,6 +41,7 @@ def test_counts_by_label_read_no_value_off_the_cpu():
     labels = torch.ones(4, dtype=torch.long, device="meta")
     confusion = GroupConfusion(2, 3).to("meta")
     assert_updated_in_place(confusion, labels, labels, labels)
+    assert_updated_in_place(confusion, labels, labels.float(), labels.half())
     assert layout(confusion)["counts"] == ("meta", torch.int64, (3, 2, 2))
 
 

@@ -354,6 +354,8 @@ def test_repr_builds_it_again():
     assert repr(LogitAdjustedLoss([[3, 1], [0, 2]])) == expected
     expected = "BalancedSoftmaxLoss([3, 1], label_smoothing=0.0, reduction='mean', ignore_index=-100)"
     assert repr(BalancedSoftmaxLoss([3, 1])) == expected
+    expected = "BalancedSoftmaxLoss([[3, 1], [0, 2]], label_smoothing=0.0, reduction='mean', ignore_index=-100)"
+    assert repr(BalancedSoftmaxLoss([[3, 1], [0, 2]])) == expected
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,25 @@ def test_autocast_leaves_alone_what_the_model_computed_in_float32(dtype):
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("track", [True, False])
+def test_a_single_logit_is_a_binary_head(track):
+    weight, mask = torch.tensor([[0.5, -2.0, 1.0]], requires_grad=True), torch.tensor([[True, True, False]])
+    inputs = torch.tensor([[1.0, 0.3, -0.2], [-0.4, 0.8, 2.0]], requires_grad=True)
+    logits = inputs @ weight.T  # (samples, 1)
+    z = logits.detach().numpy()[:, 0]
+    slope = 1 - 2 / (1 + np.exp(-z))  # of log sigmoid(z) + log sigmoid(-z)
+    expected = np.mean(slope**2) * (0.5**2 + 2.0**2)
+    with torch.set_grad_enabled(track):
+        loss = input_gradient_penalty(logits, inputs, mask)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    if track:
+        (found,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        both = torch.cat([torch.zeros(2, 1), inputs @ weight.T], dim=1)
+        (wanted,) = torch.autograd.grad(input_gradient_penalty(both, inputs, mask), weight)
+        torch.testing.assert_close(found, wanted)
+        assert found.abs().sum() > 0.1
+
+
 def test_many_classes_do_not_overflow_half_precision():
     layer = nn.Linear(2, 1000, bias=False)
     with torch.no_grad():
