@@ -164,6 +164,8 @@ class BiasSensor:
         if gathered is None:
             return None
         sizes, metrics, self.broken = gathered
+        if "association" in metrics:
+            self._names.share(trainer.strategy)
         return build_report(
             trainer.current_epoch,
             trainer.global_step,

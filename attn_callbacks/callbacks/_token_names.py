@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._samples import patch_grid
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 __all__ = ["PLACES", "TokenNames", "token_numbers"]
 
@@ -44,6 +47,10 @@ class TokenNames:
         """Learn how the places lie on a picture, if there is one."""
         if isinstance(image, Tensor) and image.dim() == 4:
             self._grid = patch_grid(keys, image.shape[2] / image.shape[3])
+
+    def share(self, strategy: Strategy) -> None:
+        """Take over what the first process saw, so that all tell the same. Every process must call it."""
+        self._grid, self._wrong = strategy.broadcast((self._grid, self._wrong), src=0)
 
     def note(self, tokens: Tensor, valid: Tensor, wrong: Tensor, first: int) -> None:
         """Keep some samples that were predicted wrong, as examples.

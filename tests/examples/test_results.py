@@ -25,10 +25,11 @@ def test_table_of_one_seed_has_no_errors():
 
 
 def test_story_names_the_worst_and_what_was_fed_back():
-    entry = {"epoch": 1, "step": 20, "accuracy": 0.9, "gap": 0.25, "worst_class_recall": 0.7, "actions": ["more of b"]}
+    decisions = [{"feedback": "Weights", "action": "more of b"}]
+    entry = {"epoch": 1, "step": 20, "accuracy": 0.9, "gap": 0.25, "worst_class_recall": 0.7, "decisions": decisions}
     first, second = story([entry]).splitlines()
     assert first.strip() == "epoch 1, step  20: accuracy 0.90, worst class recall 0.70, gap 0.25"
-    assert second.strip() == "fed back: more of b"
+    assert second.strip() == "Weights: more of b"
     assert "worst group accuracy 0.60" in story([{**entry, "worst_group_accuracy": 0.6}])
 
 
