@@ -19,7 +19,7 @@ class Candidate:
     Wrong predictions are compared with right ones of the same classes.
 
     Everything but the examples, and the place of an image region in words, is the same in all processes of a run:
-    examples are those of the process that writes.
+    examples are those that the first process saw.
 
     Args:
         name: What it is called in sentences, such as ``"token 'athos'"`` or ``"region row 1, column 4"``.
