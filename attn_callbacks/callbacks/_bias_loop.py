@@ -62,21 +62,26 @@ class BiasLoop:
         self._sampler: Any = None
         self._is_first_epoch = True
         self._is_told = False
+        self._left_out: list[Feedback] = []  # of automatic feedback, for this training data
 
     @property
     def _samples(self) -> list[Feedback]:
-        """Feedback that steers the sampler, unless it was withdrawn."""
+        """Feedback that steers the sampler, unless it was withdrawn or left out."""
         found = [each for each in self.feedback if type(each).bind_sampler is not Feedback.bind_sampler]
-        return [each for each in found if not each.withdrawn]
+        return [each for each in found if not each.withdrawn and each not in self._left_out]
 
     def _choose(self, trainer: Trainer) -> None:
         """Correct groups once: by the sampler, where the data has one that can, else by the weights of the loss."""
         sampler = getattr(trainer.train_dataloader, "sampler", None)
         samples = isinstance(sampler, DynamicDistributedSampler) and sampler.has_groups
-        for feedback in self.feedback:
-            by_group = "group" in feedback.answers and isinstance(feedback, (ClassReweighting, Resampling))
-            if by_group and isinstance(feedback, Resampling) != samples:
-                feedback.withdraw()
+        of_groups = [
+            feedback
+            for feedback in self.feedback
+            if "group" in feedback.answers and isinstance(feedback, (ClassReweighting, Resampling))
+        ]
+        self._left_out = [feedback for feedback in of_groups if isinstance(feedback, Resampling) != samples]
+        for feedback in of_groups:
+            feedback.hold(self._dry_run or feedback in self._left_out)
 
     def start(self, trainer: Trainer, module: LightningModule, seed: int) -> list[Callable[[], None]]:
         """Bind the feedback for a new run, and return what ends its part in training steps.
@@ -91,7 +96,7 @@ class BiasLoop:
         Raises:
             MisconfigurationException: If a feedback does not find what it needs.
         """
-        self._seed, self._sampler, self._is_told = seed, None, False
+        self._seed, self._sampler, self._is_told, self._left_out = seed, None, False, []
         if self.feedback and not module.automatic_optimization:
             raise MisconfigurationException(
                 "`BiasMonitor` with feedback needs automatic optimization. Use the losses in your own "
@@ -131,6 +136,9 @@ class BiasLoop:
             with misconfigured():
                 feedback.bind_optimizers(trainer.optimizers)
         self._is_first_epoch = True
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch or getattr(loop, "restarted_on_epoch_end", False):
+            self.start_epoch(trainer)  # Lightning leaves the hook of this epoch's start out
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Hand over the sampler; a Trainer may have built its loader anew."""
@@ -139,13 +147,12 @@ class BiasLoop:
         with misconfigured():
             if self._automatic:
                 self._choose(trainer)
-            if not self._samples:  # looked at only: a sampler of one's own corrects as well
-                self._sampler = getattr(trainer.train_dataloader, "sampler", None)
-                return
-            self._sampler = training_sampler(trainer)
-            for feedback in self._samples:
+            # where none is steered it is looked at only: a sampler of one's own corrects as well
+            steered = self._samples
+            self._sampler = training_sampler(trainer) if steered else getattr(trainer.train_dataloader, "sampler", None)
+            for feedback in steered:
                 feedback.bind_sampler(self._sampler)
-        if self._is_first_epoch:
+        if self._is_first_epoch and not self._dry_run:
             restart_loader(trainer)
         self._is_first_epoch = False
 
@@ -169,7 +176,7 @@ class BiasLoop:
         """
         actions: dict[str, list[Action]] = {}
         for name, feedback in zip(self._names, self.feedback, strict=True):
-            if not act or feedback.withdrawn:
+            if not act or feedback.withdrawn or feedback in self._left_out:
                 continue
             made = [*self.ledger.first_action(name, feedback), *_applied(feedback, report)]
             useless = None if self._dry_run else self.ledger.useless(name, feedback, report)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
+from attn_callbacks.feedback import DynamicDistributedSampler
+
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
@@ -34,16 +36,14 @@ def training_sampler(trainer: Trainer) -> Any:
 
 
 def restart_loader(trainer: Trainer) -> None:
-    """Let workers draw again in the first epoch of a run.
+    """Let workers draw again in the first epoch of a run, from a sampler that can be steered.
 
     The Trainer (Lightning 2.4 to 2.6, `FitLoop.setup_data`) starts them before it tells the sampler its epoch, and
-    before any hook that could tell it its weights. Where all weights are equal there is nothing to draw again.
+    before any hook that could tell it its weights, or take back those of the last run.
     """
     loader: Any = trainer.train_dataloader
     fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
-    if not loader.num_workers or fetcher is None or trainer.fit_loop.restarted_mid_epoch:
-        return
-    weights = getattr(loader.sampler, "weights", None)
-    if weights is not None and float(weights.min()) < float(weights.max()):
+    steerable = isinstance(getattr(loader, "sampler", None), DynamicDistributedSampler) and loader.num_workers
+    if steerable and fetcher is not None and not trainer.fit_loop.restarted_mid_epoch:
         with torch.random.fork_rng(devices=[]):  # an iterator draws a seed from the global numbers
             iter(fetcher)

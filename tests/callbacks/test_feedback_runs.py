@@ -12,15 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from attn_callbacks import AttentionGuidance, BatchSchema, BiasMonitor, Feedback, RandomRationaleControl
+from attn_callbacks import (
+    AttentionGuidance,
+    BatchSchema,
+    BiasMonitor,
+    DynamicDistributedSampler,
+    Feedback,
+    RandomRationaleControl,
+)
 from attn_callbacks._lightning import MisconfigurationException
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.callbacks._bias_loop import BiasLoop
 from attn_callbacks.callbacks._fed_failures import FedFailures
 from attn_callbacks.feedback import StepFeedback
-from tests.callbacks.feeding import CASES, Case, Data, Run, run
-from tests.callbacks.models import VOCABULARY, WIDTH, Classifier, leftovers, loader, quiet_trainer
+from tests.callbacks.feeding import CASES, Case, Data, Marked, Run, run
+from tests.callbacks.models import VOCABULARY, WIDTH, Classifier, leftovers, loader, pl, quiet_trainer
 
 SAME = BiasReport(0, 0, torch.tensor([[[90, 10], [60, 40]]]), ("0", "1"))
 
@@ -353,3 +361,50 @@ class StillFeedback(Feedback):
 
     def apply(self, report: Any) -> list[Any]:
         return []
+
+
+class Automatic(Data):
+    """Training data with groups in the sampler, drawn by workers."""
+
+    def train_dataloader(self) -> Any:
+        sampler = DynamicDistributedSampler(self.train.labels, groups=self.train.group)
+        return DataLoader(self.train, 8, sampler=sampler, num_workers=1)
+
+
+def automatic(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> tuple[Any, BiasMonitor]:
+    torch.manual_seed(0)
+    module, monitor = Classifier(), BiasMonitor(feedback="automatic", **{"min_support": 4, "patience": None, **options})
+    ends = pl.callbacks.ModelCheckpoint(str(folder), save_last=True)
+    middles = pl.callbacks.ModelCheckpoint(str(folder / "steps"), every_n_train_steps=4, save_top_k=-1)
+    trainer = quiet_trainer(folder, [monitor, ends, middles], max_epochs=epochs, enable_checkpointing=True)
+    trainer.fit(module, datamodule=Automatic(CASES["Resampling"]), ckpt_path=checkpoint, weights_only=True)
+    return module, monitor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("support", [4, 10_000], ids=["steered", "natural"])
+def test_a_sampler_with_workers_resumes_to_the_last_bit(support: int, tmp_path: Path) -> None:
+    whole, _ = automatic(tmp_path / "whole", 3, min_support=support)
+    automatic(tmp_path / "half", 2, min_support=support)
+    resumed, _ = automatic(tmp_path / "rest", 3, tmp_path / "half" / "last.ckpt", min_support=support)
+    assert differing(whole.state_dict(), resumed.state_dict()) == set()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    automatic(tmp_path / "whole", 2)
+    (checkpoint,) = (tmp_path / "whole" / "steps").glob("*step=8.ckpt")
+    _, monitor = automatic(tmp_path / "rest", 3, checkpoint)
+    assert monitor.ledger[-1]["epoch"] == 2
+
+
+def test_automatic_feedback_corrects_groups_once_for_each_kind_of_data(tmp_path: Path) -> None:
+    monitor, module = BiasMonitor(feedback="automatic", min_support=4, patience=None), Classifier()
+    for folder, case in (("plain", "AttentionGuidance"), ("sampled", "Resampling")):
+        data = Data(CASES[case])
+        data.validation = Marked(200, seed=1, agreement=0.5)
+        quiet_trainer(tmp_path / folder, [monitor], max_epochs=2).fit(module, datamodule=data)
+        names = {decision["feedback"] for entry in monitor.ledger[-2:] for decision in entry["decisions"]}
+        assert ("Resampling" in names) == (folder == "sampled")
+        assert ("ClassReweighting" in names) == (folder == "plain")
+    assert torch.equal(module.criterion.class_weight, torch.ones(4, 2))  # given back to the sampler's care
