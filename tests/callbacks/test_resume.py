@@ -11,23 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from attn_callbacks import HeadStatistics
+from tests.callbacks.feeding import EpochOrder
 from tests.callbacks.models import Classifier, Texts, csv_logger, feeding_monitor, loader, pl, quiet_trainer
-
-
-class EpochOrder(torch.utils.data.Sampler[int]):
-    """An order that depends on the epoch alone."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.epoch = size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Any:
-        return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist())
 
 
 def run(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> tuple[Any, Any, Path]:
