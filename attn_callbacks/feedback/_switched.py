@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from attn_callbacks._checks import one_of
@@ -77,9 +78,9 @@ class SwitchedFeedback(BoundFeedback, StepFeedback):
     _strength_name = ""
 
     @property
+    @abstractmethod
     def _strength(self) -> float:
         """The number that says how strongly it acts."""
-        raise NotImplementedError
 
     def _strengthen(self, finding: Finding) -> Sequence[Action]:
         """Answer a finding that is still there although it was on."""
