@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from types import SimpleNamespace
 
 import torch
@@ -74,11 +73,3 @@ def real_report(**lost):
     shuffled = {name: torch.tensor([[[20, 0], [number // 2, 80 - number // 2]]] * 2) for name, number in lost.items()}
     reliance = {name: Reliance(outcomes.reshape(2, 2, 2)) for name, outcomes in shuffled.items()}
     return BiasReport(0, 0, counts, CLASSES, reliance=reliance)
-
-
-def saved(state):
-    """Return a state after the trip through a checkpoint that refuses anything but plain values."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import losses
 from attn_callbacks.feedback.adversarial_training import AdversarialTraining
-from tests.feedback.feature_steps import FakeStep, SumOfTokens, finding, report, saved
+from tests.feedback.checkpoint import saved
+from tests.feedback.feature_steps import FakeStep, SumOfTokens, finding, report
 
 SPURIOUS = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
 VALID = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()

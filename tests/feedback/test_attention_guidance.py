@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import math
 import pickle
 import weakref
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attn_callbacks.bias import AttentionShare, BiasReport, Candidate
 from attn_callbacks.bias.reliance import Reliance
@@ -21,27 +19,12 @@ from attn_callbacks.feedback.attention_guidance import AttentionGuidance
 from attn_callbacks.feedback.attention_term import attention_term
 from attn_callbacks.feedback.random_rationale import RandomRationaleControl
 from losses import AttentionGuidedLoss
+from tests.feedback.checkpoint import saved
+from tests.feedback.guided_steps import Step, call
 
 RELEVANCE = torch.tensor([[True, False, False, False], [False, True, True, False]])
 SPURIOUS = torch.tensor([[False, False, True, False], [False, False, False, True]])
 VALID = torch.tensor([[True, True, True, False], [True, True, True, True]])
-
-
-def call(name="layer", queries=4, keys=4, batch=2, grad=True, **arguments):
-    generator = torch.Generator().manual_seed(len(name))
-    query = torch.randn(batch, 2, queries, 8, generator=generator, requires_grad=grad)
-    return AttentionCall(name, query=query, key=torch.randn(batch, 2, keys, 8, generator=generator), **arguments)
-
-
-@dataclass
-class Step:
-    """What guidance sees of a training step."""
-
-    calls: list[AttentionCall] = field(default_factory=lambda: [call()])
-    relevance: Tensor | None = None
-    spurious: Tensor | None = None
-    valid: Tensor | None = None
-    loss: Tensor = field(default_factory=lambda: torch.tensor(2.0))
 
 
 MARKED = Step(relevance=RELEVANCE, spurious=SPURIOUS, valid=VALID)
@@ -63,13 +46,6 @@ ATTENTION_BIAS = report(
 )
 RELIANT, FREE = report(lost=40), report(lost=0)
 FALLEN = report((((80, 20), (80, 20)),))
-
-
-def checkpoint(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_term_is_the_coefficient_times_the_exact_mass_term():
@@ -292,7 +268,7 @@ def test_withdrawn_for_good():
     guidance.withdraw()
     assert guidance.term(MARKED) is None
     resumed = AttentionGuidance()
-    resumed.load_state_dict(checkpoint(guidance.state_dict()))
+    resumed.load_state_dict(saved(guidance.state_dict()))
     assert not resumed.active
 
 
@@ -315,7 +291,7 @@ def test_resumed_run_goes_on_to_the_last_bit():
     for cut in range(8):
         first, resumed = fresh(), fresh()
         found = run(first, 0, cut)
-        resumed.load_state_dict(checkpoint(first.state_dict()))
+        resumed.load_state_dict(saved(first.state_dict()))
         found += run(resumed, cut, 8)
         assert [None if x is None else x.item() for x in found] == [None if x is None else x.item() for x in expected]
         assert resumed.strength == whole.strength

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import io
 import math
 import pickle
 import weakref
@@ -20,6 +19,7 @@ from attn_callbacks.feedback._f1 import f1_rates
 from attn_callbacks.feedback.automatic import automatic_feedback
 from attn_callbacks.feedback.controller import ControllerState, f1_step
 from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss, effective_number_weights
+from tests.feedback.checkpoint import saved
 
 CLASSES = ("negative", "positive")
 GROUPS = ("Amazon", "Tweets")
@@ -52,14 +52,6 @@ def bound(target, *arguments, **keywords):
 
 def texts(actions):
     return tuple(map(str, actions))
-
-
-def saved(feedback):
-    """What comes back from a checkpoint, which Lightning reads with ``weights_only=True``."""
-    file = io.BytesIO()
-    torch.save({"callbacks": {"BiasMonitor": feedback.state_dict()}}, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)["callbacks"]["BiasMonitor"]
 
 
 @functools.cache
@@ -133,7 +125,7 @@ def test_how_far_averages_have_settled_is_saved(policy):
     target, other = module(), module()
     feedback, resumed = bound(target, policy=policy), ClassReweighting(policy=policy)
     feedback.apply(report())
-    resumed.load_state_dict(saved(feedback))
+    resumed.load_state_dict(saved(feedback.state_dict()))
     resumed.bind(other)
     for later in (report(torch.tensor([[[80, 20], [40, 60]]])), report(torch.tensor([[[70, 30], [45, 55]]]))):
         assert texts(feedback.apply(later)) == texts(resumed.apply(later))
@@ -265,7 +257,7 @@ def test_resumed_run_equals_an_unbroken_one_bitwise(by, groups, bind_first):
     resumed = module(**sizes)
     second = ClassReweighting(by=by, warm_up=1)
     for action in (second.bind, None) if bind_first else (None, second.bind):
-        second.load_state_dict(saved(first)) if action is None else action(resumed)
+        second.load_state_dict(saved(first.state_dict())) if action is None else action(resumed)
     assert torch.equal(resumed.criterion.class_weight, broken.criterion.class_weight)
     assert [second.apply(noisy(seed, groups)) for seed in range(4, 8)] == told[4:]
     assert torch.equal(resumed.criterion.class_weight, straight.criterion.class_weight)
@@ -278,7 +270,7 @@ def test_loading_twice_changes_nothing_more():
     target = module()
     feedback = bound(target)
     feedback.apply(report())
-    state, other = saved(feedback), module()
+    state, other = saved(feedback.state_dict()), module()
     twin = bound(other)
     twin.load_state_dict(state)
     twin.load_state_dict(state)
@@ -287,7 +279,7 @@ def test_loading_twice_changes_nothing_more():
 
 def test_state_of_the_unbound_loads_again():
     feedback = ClassReweighting()
-    feedback.load_state_dict(saved(feedback))
+    feedback.load_state_dict(saved(feedback.state_dict()))
     feedback.load_state_dict({})
     target = module()
     feedback.bind(target)
@@ -298,7 +290,7 @@ def test_state_is_complete_and_plain():
     target = module(num_groups=2)
     feedback = bound(target, by="group")
     feedback.apply(report(BY_GROUP))
-    state = saved(feedback)
+    state = saved(feedback.state_dict())
     assert state["updates"] == 1
     assert state["log_weight"].dtype == state["average"].dtype == torch.float64
     assert state["log_weight"].shape == state["average"].shape == (2, 2)
@@ -345,7 +337,7 @@ def test_state_loaded_for_another_module_wins_over_the_last_run():
     expected, resumed = second.criterion.class_weight.clone(), module()
     feedback.apply(noisy(3))
     feedback.bind(resumed)
-    feedback.load_state_dict(saved(source))
+    feedback.load_state_dict(saved(source.state_dict()))
     assert torch.equal(resumed.criterion.class_weight, expected)
 
 
@@ -645,7 +637,7 @@ def test_margins_by_group_resume_bitwise():
     told = [whole.apply(noisy(seed, 2)) for seed in range(6)]
     for seed in range(3):
         first.apply(noisy(seed, 2))
-    second.load_state_dict(saved(first))
+    second.load_state_dict(saved(first.state_dict()))
     assert [second.apply(noisy(seed, 2)) for seed in range(3, 6)] == told[3:]
     assert torch.equal(resumed.criterion.adjustment, straight.criterion.adjustment)
     start = tables().criterion.adjustment
@@ -709,19 +701,19 @@ def test_f1_resumes_bitwise_and_takes_no_averages_of_recall():
     first = bound(broken, policy="f1")
     for seed in range(6):
         first.apply(noisy(seed))
-    second.load_state_dict(saved(first))
+    second.load_state_dict(saved(first.state_dict()))
     second.bind(resumed)
     assert [second.apply(noisy(seed)) for seed in range(6, 9)] == told[6:]
     assert any(told[6:])
     assert torch.equal(resumed.criterion.adjustment, straight.criterion.adjustment)
     other = bound(others)
-    other.load_state_dict(saved(first))
+    other.load_state_dict(saved(first.state_dict()))
     assert torch.equal(other.weights, first.weights)
     assert "average" not in other.state_dict()
     other.apply(report())
     torch.testing.assert_close(other.state_dict()["average"], report().recall)
     back = bound(last, policy="f1")
-    back.load_state_dict(saved(other))
+    back.load_state_dict(saved(other.state_dict()))
     assert "average" not in back.state_dict()
     whole.bind(margins())
     assert "excess" not in whole.state_dict()
@@ -812,7 +804,7 @@ def test_dry_run_leaves_loss_and_checkpoint_to_others():
     target.criterion.set_class_weight([0.5, 2.0])  # a schedule of the user's own
     assert len(feedback.apply(report())) == 2
     feedback.bind(target)
-    feedback.load_state_dict(saved(feedback))
+    feedback.load_state_dict(saved(feedback.state_dict()))
     assert target.criterion.class_weight.tolist() == [0.5, 2.0]
 
 
@@ -826,7 +818,7 @@ def test_a_resumed_run_knows_what_was_withdrawn(bind_first, criterion):
     feedback.withdraw()
     if bind_first:
         second.bind(resumed)
-    second.load_state_dict(saved(feedback))
+    second.load_state_dict(saved(feedback.state_dict()))
     second.bind(resumed)
     assert second.withdrawn
     second.apply(noisy(1))
@@ -846,7 +838,7 @@ def test_run_resumed_as_a_dry_run_gets_back_what_the_loss_had(bind_first):
         second.bind(resumed)
     resumed.load_state_dict(target.state_dict())
     assert resumed.criterion.class_weight.tolist() != [1.0, 1.0]
-    second.load_state_dict(saved(feedback))
+    second.load_state_dict(saved(feedback.state_dict()))
     second.bind(resumed)
     assert resumed.criterion.class_weight.tolist() == [1.0, 1.0]
 
@@ -855,7 +847,7 @@ def test_resumed_run_keeps_the_start_of_the_first_run():
     target, resumed = module(weight=[1.0, 3.0]), module(weight=[1.0, 3.0])
     feedback, second = bound(target), ClassReweighting()
     feedback.apply(report())
-    second.load_state_dict(saved(feedback))
+    second.load_state_dict(saved(feedback.state_dict()))
     second.bind(resumed)
     second.withdraw()
     assert resumed.criterion.class_weight.tolist() == [1.0, 3.0]
@@ -887,7 +879,7 @@ def test_saved_start_wins_over_a_table_that_was_restored_steered():
     feedback.apply(report())
     resumed.load_state_dict(target.state_dict())
     second = bound(resumed)
-    second.load_state_dict(saved(feedback))
+    second.load_state_dict(saved(feedback.state_dict()))
     second.withdraw()
     assert resumed.criterion.class_weight.tolist() == [1.0, 1.0]
 
@@ -975,7 +967,7 @@ def test_every_policy_resumes_bitwise(arguments, bind_first):
     second = ClassReweighting(**arguments)
     if bind_first:
         second.bind(resumed)
-    second.load_state_dict(saved(first))
+    second.load_state_dict(saved(first.state_dict()))
     second.bind(resumed)
     assert [second.apply(noisy(seed)) for seed in range(4, 8)] == told[4:]
     for name, value in straight.criterion.named_buffers():

@@ -10,7 +10,8 @@ from torch import nn
 
 import losses
 from attn_callbacks.feedback.ensemble_feedback import EnsembleFeedback
-from tests.feedback.feature_steps import finding, real_report, report, saved
+from tests.feedback.checkpoint import saved
+from tests.feedback.feature_steps import finding, real_report, report
 
 SETS = {"border": (0, 3), "names": (1,)}
 ALL = torch.ones(3, 4)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import losses
 from attn_callbacks.feedback.feature_regularization import FeatureRegularization
-from tests.feedback.feature_steps import finding, real_report, report, saved
+from tests.feedback.checkpoint import saved
+from tests.feedback.feature_steps import finding, real_report, report
 
 SETS = {"border": (0, 3), "names": (1,)}
 

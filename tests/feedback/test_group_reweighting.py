@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import pickle
 
@@ -16,6 +15,7 @@ from attn_callbacks.bias import BiasReport
 from attn_callbacks.bias.calibration import Calibration
 from attn_callbacks.feedback.group_reweighting import GroupReweighting
 from losses import WeightedCrossEntropyLoss
+from tests.feedback.checkpoint import saved
 
 CLASSES, GROUPS = ("negative", "positive"), ("Amazon", "Tweets", "News")
 UNFAIR = torch.tensor([[[45, 5], [5, 45]], [[25, 25], [20, 30]], [[40, 10], [10, 40]]])
@@ -55,13 +55,6 @@ def losses_of(counts, loss):
     bins[..., 0, 0] = support
     sums = torch.stack([support * torch.tensor(loss), torch.zeros(support.shape)], dim=-1)
     return report(counts, calibration=Calibration(bins, sums))
-
-
-def saved(feedback):
-    file = io.BytesIO()
-    torch.save(feedback.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def reference(shares, loss, prior, step_size=1.0):
@@ -223,12 +216,12 @@ def test_resumed_run_equals_an_unbroken_one_bitwise(by, bind_first, reports):
         first.apply(noisy(seed))
     if bind_first:
         second.bind(resumed)
-    second.load_state_dict(saved(first))
+    second.load_state_dict(saved(first.state_dict()))
     second.bind(resumed)
     assert torch.equal(resumed.criterion.class_weight, broken.criterion.class_weight)
     assert [second.apply(noisy(seed)) for seed in range(reports, 8)] == told[reports:]
     assert torch.equal(resumed.criterion.class_weight, straight.criterion.class_weight)
-    assert str(saved(second)) == str(saved(whole))
+    assert str(saved(second.state_dict())) == str(saved(whole.state_dict()))
 
 
 def test_another_module_starts_anew():

@@ -11,7 +11,8 @@ from torch import nn
 import losses
 from attn_callbacks.feedback import input_gradient
 from attn_callbacks.feedback.input_gradient import InputGradientPenalty
-from tests.feedback.feature_steps import FakeStep, SumOfTokens, finding, report, saved
+from tests.feedback.checkpoint import saved
+from tests.feedback.feature_steps import FakeStep, SumOfTokens, finding, report
 
 SPURIOUS = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
 TARGET = torch.tensor([0, 1, 1])

@@ -12,7 +12,8 @@ from torch import nn
 
 import losses
 from attn_callbacks.feedback.loss_balancing import LossBalancing
-from tests.feedback.feature_steps import finding, real_report, report, saved
+from tests.feedback.checkpoint import saved
+from tests.feedback.feature_steps import finding, real_report, report
 
 TERMS = {"feature": "reliance", "attention": "rationale"}
 

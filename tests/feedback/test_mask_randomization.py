@@ -12,7 +12,8 @@ from torch import nn
 from attn_callbacks.feedback._shuffle import moved, shuffle_region
 from attn_callbacks.feedback.mask_randomization import MaskRandomization
 from losses import MaskRandomization as Transform
-from tests.feedback.feature_steps import FakeStep, finding, real_report, report, saved
+from tests.feedback.checkpoint import saved
+from tests.feedback.feature_steps import FakeStep, finding, real_report, report
 
 TOKENS = torch.arange(1, 25).reshape(6, 4)
 SPURIOUS = torch.tensor([[0, 1, 1, 0]] * 6).bool()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback.random_loss_weights import RandomLossWeights
 from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss
+from tests.feedback.checkpoint import saved
 
 NAMES = ("negative", "positive")
 GROUPS = ("Amazon", "Tweets")
@@ -40,13 +40,6 @@ def drawn(number, *arguments, **keywords):
         feedback.apply(report())
         tables.append(target.criterion.class_weight.clone())
     return torch.stack(tables)
-
-
-def saved(feedback):
-    file = io.BytesIO()
-    torch.save(feedback.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_every_report_draws_anew_from_a_softmax_of_normals():
@@ -89,7 +82,7 @@ def test_resumed_run_draws_what_the_unbroken_one_draws(bind_first, criterion):
         first.apply(report())
     if bind_first:
         second.bind(resumed)
-    second.load_state_dict(saved(first))
+    second.load_state_dict(saved(first.state_dict()))
     second.bind(resumed)
     for name, value in broken.criterion.named_buffers():
         assert torch.equal(resumed.criterion.get_buffer(name), value)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.bias.reliance import Reliance
-from attn_callbacks.capture import AttentionCall
 from attn_callbacks.feedback.attention_guidance import AttentionGuidance
 from attn_callbacks.feedback.random_rationale import RandomRationaleControl, random_tokens, sample_keys
+from tests.feedback.checkpoint import saved
+from tests.feedback.guided_steps import Step, call
 
 SAMPLES, TOKENS = 200, 12
+WIDE = {"queries": TOKENS, "keys": TOKENS, "batch": SAMPLES}
 IDS = torch.randint(5, 1000, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0))
 VALID = torch.arange(TOKENS) < torch.randint(8, TOKENS + 1, (SAMPLES, 1), generator=torch.Generator().manual_seed(1))
 LAST = VALID.sum(dim=1) - 1
@@ -28,23 +28,6 @@ RELIANT = BiasReport(
     0, 0, torch.tensor([[[80, 20], [20, 80]]]), ("a", "b"),
     reliance={"spurious": Reliance(torch.tensor([[[20, 0], [40, 40]], [[20, 0], [0, 80]]]))},
 )  # fmt: skip
-
-
-def call(batch=SAMPLES, keys=TOKENS):
-    generator = torch.Generator().manual_seed(2)
-    query = torch.randn(batch, 2, keys, 8, generator=generator, requires_grad=True)
-    return AttentionCall("layer", query=query, key=torch.randn(batch, 2, keys, 8, generator=generator))
-
-
-@dataclass
-class Step:
-    """What the control sees of a training step."""
-
-    calls: list[AttentionCall] = field(default_factory=lambda: [call()])
-    relevance: Tensor | None = None
-    spurious: Tensor | None = None
-    valid: Tensor | None = None
-    loss: Tensor = field(default_factory=lambda: torch.tensor(2.0))
 
 
 def test_as_many_as_annotated_real_apart_and_never_the_ends():
@@ -145,7 +128,7 @@ def test_what_is_not_annotated_is_not_drawn():
 def test_term_is_that_of_the_guidance_for_the_drawn_tokens(arguments):
     control, step = (
         RandomRationaleControl(AttentionGuidance(**arguments), seed=7),
-        Step([call()], RELEVANCE, SPURIOUS, VALID),
+        Step([call(**WIDE)], RELEVANCE, SPURIOUS, VALID),
     )
     assert control.change_inputs(IDS, step) is None
     spurious, relevance = random_tokens(sample_keys(IDS, VALID, 7), SPURIOUS, RELEVANCE, VALID)
@@ -165,7 +148,10 @@ def test_without_annotation_there_is_no_term():
 
 
 def test_inputs_of_an_earlier_step_are_not_taken_for_those_of_this_one():
-    control, step = RandomRationaleControl(AttentionGuidance()), Step([call()], RELEVANCE, SPURIOUS, VALID)
+    control, step = (
+        RandomRationaleControl(AttentionGuidance()),
+        Step([call(**WIDE)], RELEVANCE, SPURIOUS, VALID),
+    )
     control.change_inputs(IDS, step)
     control.term(step)
     with pytest.raises(RuntimeError, match="did not see the inputs of the step"):
@@ -204,16 +190,14 @@ def test_held_and_withdrawn():
 
 
 def test_state_survives_a_checkpoint():
-    control, file = RandomRationaleControl(AttentionGuidance(when="biased", scale_free=True)), io.BytesIO()
+    control = RandomRationaleControl(AttentionGuidance(when="biased", scale_free=True))
     control.apply(BIASED)
     control.apply(RELIANT)
-    step = Step([call()], RELEVANCE, SPURIOUS, VALID)
+    step = Step([call(**WIDE)], RELEVANCE, SPURIOUS, VALID)
     control.change_inputs(IDS, step)
     control.term(step)
-    torch.save(control.state_dict(), file)
-    file.seek(0)
     resumed = RandomRationaleControl(AttentionGuidance(when="biased", scale_free=True))
-    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.load_state_dict(saved(control.state_dict()))
     resumed.load_state_dict({})
     assert str(resumed.state_dict()) == str(control.state_dict())
     for each in (control, resumed):

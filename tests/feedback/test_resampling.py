@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import math
 import pickle
 
@@ -20,6 +19,7 @@ from attn_callbacks.feedback._shares import limited_shares
 from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
 from attn_callbacks.feedback.resampling import Resampling
 from attn_callbacks.feedback.sampler import DynamicDistributedSampler
+from tests.feedback.checkpoint import saved
 
 CLASSES = ("negative", "positive")
 GROUPS = ("Amazon", "Tweets")
@@ -47,14 +47,6 @@ def bound(sampler, *arguments, **keywords):
     feedback = Resampling(*arguments, **keywords)
     feedback.bind_sampler(sampler)
     return feedback
-
-
-def saved(feedback):
-    """What comes back from a checkpoint, which Lightning reads with ``weights_only=True``."""
-    file = io.BytesIO()
-    torch.save(feedback.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def natural(sampler):
@@ -350,8 +342,8 @@ def test_resumed_is_uninterrupted(policy, by):
     early, first = build()
     late, second = build()
     parts = list(train(early, first, range(5)))
-    second.load_state_dict(saved(first))
-    second.load_state_dict(saved(first))
+    second.load_state_dict(saved(first.state_dict()))
+    second.load_state_dict(saved(first.state_dict()))
     second.bind(nn.Linear(1, 1))
     assert torch.equal(late.cell_weights, early.cell_weights)
     parts += train(late, second, range(5, 10))
@@ -366,10 +358,10 @@ def test_withdrawal_is_resumed():
     feedback.withdraw()
     sampler = by_class()
     other = bound(sampler)
-    other.load_state_dict(saved(feedback))
+    other.load_state_dict(saved(feedback.state_dict()))
     assert other.withdrawn
     assert natural(sampler)
-    state = saved(feedback)
+    state = saved(feedback.state_dict())
     assert state == {"withdrawn": True, "started": True, "reports": 1}
 
 
@@ -378,7 +370,7 @@ def test_a_state_of_other_cells_is_refused():
     feedback.apply(report())
     other = bound(by_group(), "group", "recall")
     with pytest.raises(ValueError, match="The saved weights are those of 2 cells, but the sampler has 4"):
-        other.load_state_dict(saved(feedback))
+        other.load_state_dict(saved(feedback.state_dict()))
 
 
 def test_a_new_loader_gets_the_weights():
@@ -420,7 +412,7 @@ def test_a_sampler_given_is_steered_before_the_loader_is_there():
     state = bound(by_class())
     state.apply(report())
     late = by_class()
-    Resampling(sampler=late).load_state_dict(saved(state))
+    Resampling(sampler=late).load_state_dict(saved(state.state_dict()))
     assert not natural(late)
 
 

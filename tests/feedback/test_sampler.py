@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from attn_callbacks.feedback._drawing import draw_evenly, draw_independently
 from attn_callbacks.feedback.sampler import DynamicDistributedSampler
+from tests.feedback.checkpoint import saved
 from tests.feedback.sampler_script import LABELS, SEED, train
 
 LABEL = [0] * 12 + [1] * 6 + [2] * 2
@@ -30,13 +30,6 @@ GROUP = [0, 1, 1] * 6 + [0, 1]
 def drawn(sampler, epoch=0):
     sampler.set_epoch(epoch)
     return list(sampler)
-
-
-def saved(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def generator(seed):

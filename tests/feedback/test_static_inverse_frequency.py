@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from torch import nn
@@ -11,6 +9,7 @@ from torch import nn
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback.static_inverse_frequency import StaticInverseFrequency
 from losses import LogitAdjustedLoss, WeightedCrossEntropyLoss
+from tests.feedback.checkpoint import saved
 
 FED = torch.tensor([[40, 20], [30, 10]])
 COUNTS = torch.tensor([[[90, 10], [50, 50]], [[90, 10], [50, 50]]])
@@ -30,13 +29,6 @@ def bound(target, by="class"):
     feedback = StaticInverseFrequency(by=by)
     feedback.bind(target)
     return feedback
-
-
-def saved(feedback):
-    file = io.BytesIO()
-    torch.save(feedback.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +76,7 @@ def test_resumed_it_stays_what_it_was(bind_first, reports):
         feedback.apply(report(fed))
     if bind_first:
         second.bind(resumed)
-    second.load_state_dict(saved(feedback))
+    second.load_state_dict(saved(feedback.state_dict()))
     second.bind(resumed)
     assert torch.equal(resumed.criterion.class_weight, target.criterion.class_weight)
     later = report(torch.tensor([[1, 90], [1, 90]]))
