@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from attn_callbacks import BatchSchema, BiasMonitor
+from attn_callbacks import AttentionGuidance, BatchSchema, BiasMonitor
 from tests.callbacks.models import Classifier, TextEncoder, pl, quiet_trainer
 
 SAMPLES, LENGTH = 64, 6
@@ -74,6 +74,23 @@ def test_named_sets_are_measured_like_spurious_ones(tmp_path: Path) -> None:
     reliance = measured(Reading(1), tmp_path, schema=schema).report.reliance
     assert reliance["rest"].drop > 0.3
     assert reliance["spurious"].drop == 0.0
+
+
+def test_no_sample_gets_what_it_had(tmp_path: Path) -> None:
+    sets = {f"set {number}": "spurious" for number in range(6)}
+    two = Subset(Words(), [0, SAMPLES - 1])
+    reliance = measured(Reading(4), tmp_path, two, schema=BatchSchema(sets=sets), min_support=1).report.reliance
+    assert [reliance[name].drop for name in sets] == [1.0] * 6  # each gets the other's word
+
+
+def test_what_runs_again_must_predict_what_the_step_did(tmp_path: Path) -> None:
+    class Turned(Reading):
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"logits": self(batch["input_ids"]).neg()}
+
+    with pytest.warns(UserWarning, match="cannot measure reliance"):
+        report = measured(Turned(4), tmp_path).report
+    assert report.reliance == {}
 
 
 def test_batches_are_spread_over_the_validation(tmp_path: Path) -> None:
@@ -253,6 +270,16 @@ def test_marks_on_pixels_are_measured_in_attention_and_in_reliance(tmp_path: Pat
     share = report.attention["spurious"]
     assert (share.mass / share.lift).tolist() == pytest.approx([2 / 17, 2 / 17], rel=1e-4)
     assert report.reliance["spurious"].support == 32
+
+
+def test_guidance_keeps_attention_off_marked_pixels(tmp_path: Path) -> None:
+    from tests.callbacks.models import Vit
+
+    torch.manual_seed(0)
+    module, schema = Classifier(Vit()), BatchSchema(spurious=2)
+    monitor = BiasMonitor(schema, feedback=[AttentionGuidance(coefficient=10.0, control=False)])
+    quiet_trainer(tmp_path, [monitor], max_epochs=8).fit(module, DataLoader(Pictures(), 8), DataLoader(Pictures(), 8))
+    assert float(monitor.report.attention["spurious"].mass.max()) < 0.02  # of 2 patches in 17
 
 
 @pytest.mark.parametrize("field", ["target", "group"])
