@@ -52,7 +52,9 @@ class FedFailures:
                 self._withdraw(each, f"`{type(each).__name__}` cannot take part in training. {kind}: {message(error)}")
 
     def tell_idle(self, feedback: StepFeedback, steps: int) -> None:
-        """Refuse what was asked for and has nothing to look at; what switched itself on is withdrawn instead.
+        """Refuse what was asked for and has nothing to look at; other feedback is withdrawn instead.
+
+        Where nobody asked and no finding did, there is nothing to warn of: data without marks is the usual case.
 
         Args:
             feedback: The feedback, the same on all processes.
@@ -66,13 +68,14 @@ class FedFailures:
         )
         if self._is_wanted(feedback):
             raise MisconfigurationException(f"{text}.")
-        self._withdraw(feedback, text)
+        self._withdraw(feedback, text, warn=not acts_from_the_start(feedback))
 
     def _is_wanted(self, feedback: StepFeedback) -> bool:
         return not self._automatic and acts_from_the_start(feedback)
 
-    def _withdraw(self, feedback: StepFeedback, text: str) -> None:
+    def _withdraw(self, feedback: StepFeedback, text: str, warn: bool = True) -> None:
         feedback.withdraw()
         text = text.rstrip(".")
         self._enter(feedback, f"withdrawn: {text}")
-        rank_zero_warn(f"{text}. It is withdrawn.")
+        if warn:
+            rank_zero_warn(f"{text}. It is withdrawn.")

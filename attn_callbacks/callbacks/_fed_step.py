@@ -112,6 +112,10 @@ class FedStep:
         """A source of random numbers of its own."""
         return torch.Generator().manual_seed(self._seed)
 
+    def marks(self, name: str) -> bool:
+        """Whether the batch has a token set."""
+        return self._schema.flags(name, self.batch) is not None
+
     def region(self, name: str, inputs: Tensor) -> Tensor | None:
         """Return where a token set lies on ``inputs``."""
         mask = self._schema.flags(name, self.batch)

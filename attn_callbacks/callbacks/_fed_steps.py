@@ -116,14 +116,14 @@ class FedSteps:
             self._begun[number] = self._begun.get(number, 0) + (feedback in self._active)
 
     def _change_inputs(self, step: FedStep) -> None:
-        concerned = [each for each in self._active if _changes(each) or "inputs" in each.sees]
+        changing = [each for each in self._active if _changes(each) and (not each.region or step.marks(each.region))]
+        concerned = [each for each in self._active if each in changing or "inputs" in each.sees]
         if not concerned:
             return
         with self._trying(*concerned):
             inputs = step.read_inputs()
-            for feedback in concerned:
-                if _changes(feedback):
-                    inputs = self._change_by(feedback, inputs, step)
+            for feedback in changing:
+                inputs = self._change_by(feedback, inputs, step)
         traced = [feedback for feedback in self._active if "inputs" in feedback.sees]
         if not traced:
             return

@@ -34,7 +34,8 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
     :class:`~attn_callbacks.feedback.RandomRationaleControl`.
 
     Changes training. Answers attention bias and reliance on spurious tokens (a ``"feature"`` finding), not candidates;
-    for group bias it joins in as a second means, beside what the finding names. Costs about one more forward and
+    for group bias it joins in as a second means, beside what the finding names. Where the monitor has measured that
+    nothing relies on spurious tokens, neither switches it on. Costs about one more forward and
     backward of the attention kernel of each guided layer; with a ``loss`` of your own, its weights instead.
 
     Args:
@@ -157,10 +158,16 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
     def answered(self, report: BiasReport) -> tuple[Finding, ...]:
         """Return the findings it can do something about, the largest first: reliance only on what it guides away from.
 
+        None where reliance was measured and not found: attention alone decides nothing, and what sets the groups apart
+        is then another thing.
+
         Args:
             report: What the last validation pass showed.
         """
         reliance = feature_findings(report, ("spurious",))
+        measured = report.reliance.get("spurious")
+        if measured is not None and measured.support >= report.min_support and not reliance:
+            return ()
         return tuple(found for found in super().answered(report) if found.kind != KIND or found in reliance)
 
     def state_dict(self) -> dict[str, object]:

@@ -18,14 +18,15 @@ _GENTLE = 0.1
 
 
 def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
-    """Choose feedback for a module; what changes training steps waits for a report with a finding of its kind.
+    """Choose feedback for a module.
 
     - Every loss in it with a buffer ``adjustment`` (``losses.LogitAdjustedLoss``) or ``class_weight``
       (``losses.WeightedCrossEntropyLoss``) gets :class:`~attn_callbacks.feedback.ClassReweighting`: as margins where it
       can, by group where the shifts, or else the weights, have groups.
-    - :class:`~attn_callbacks.feedback.MaskRandomization` and :class:`~attn_callbacks.feedback.AttentionGuidance`, for
-      batches that mark ``spurious`` or ``relevance``.
-
+    - :class:`~attn_callbacks.feedback.MaskRandomization` for batches that mark ``spurious``, from the first step on:
+      somebody has said that it must not decide, and what is learned first is hard to unlearn.
+    - :class:`~attn_callbacks.feedback.AttentionGuidance`, for batches that mark ``spurious`` or ``relevance``, from the
+      first report on that has a finding it answers.
     - :class:`~attn_callbacks.feedback.Resampling` by group, for training data with a ``DynamicDistributedSampler`` that
       knows groups: the monitor then leaves the weights of groups alone, and without such a sampler it leaves this out.
 
@@ -49,7 +50,7 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
         elif path and BUFFER in buffers:
             found.append(ClassReweighting(path, _by(buffers[BUFFER])))
     guidance = AttentionGuidance(coefficient=_GENTLE, when="biased")
-    return (*found, Resampling("group"), MaskRandomization(when="biased"), guidance)
+    return (*found, Resampling("group"), MaskRandomization(when="always"), guidance)
 
 
 def _by(table: Tensor) -> str:

@@ -98,7 +98,7 @@ class Ledger:
             feedback: The feedback.
         """
         known = any(decision["feedback"] == name for entry in self.entries for decision in entry["decisions"])
-        return [] if known or not acts_from_the_start(feedback) else [Action("acts from the start (always)")]
+        return [] if known or not acts_from_the_start(feedback) else [Action("on from the start (always)")]
 
     def useless(self, name: str, feedback: Feedback, report: BiasReport) -> Action | None:
         """Judge a feedback after a report; return what to say if it is to be withdrawn.

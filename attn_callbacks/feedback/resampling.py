@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from attn_callbacks._checks import at_least, in_range, one_of
 from attn_callbacks.bias import BiasReport
 from attn_callbacks.feedback._bound import BoundFeedback
+from attn_callbacks.feedback._correlated import cramers_v
 from attn_callbacks.feedback._shares import limited_shares, measured_cells, share_actions
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.controller import ControllerSettings, ControllerState, control_step
 from attn_callbacks.feedback.sampler import DynamicDistributedSampler
 
 __all__ = ["Resampling"]
+
+_TELLING = 0.5
+"""Cramér's V from which on groups are drawn evenly before any report: a large effect (Cohen 1988, w)."""
 
 
 class Resampling(BoundFeedback):
@@ -43,7 +47,9 @@ class Resampling(BoundFeedback):
             first epoch begins; ``None`` takes it from the loader.
         strength: How far to go, from 0 (nothing) to 1.
         anneal: Reports over which it gets there; 0: at once.
-        when: ``"biased"``: from the first report on that has a finding it answers; ``"always"``.
+        when: ``"biased"``: from the first report on that has a finding it answers, and by group from the first step on
+            where training data let groups tell classes (Cramér's V of at least 0.5): what is learned first is hard to
+            unlearn. ``"always"``: from the first step on.
         limit: No cell is drawn more than this many times as often as naturally; what that leaves goes to the others.
             For ``"recall"`` also the bound on weights, up and down. Keep it small if labels are noisy.
         step_size: For ``"recall"``: change of the log weight for each unit of recall missing.
@@ -95,7 +101,7 @@ class Resampling(BoundFeedback):
             raise TypeError(f"`sampler` must be a `DynamicDistributedSampler`, got {sampler!r}.")
         self.sampler = sampler
         self._bound: DynamicDistributedSampler | None = None
-        self._started, self._reports = self.when == "always", 0
+        self._started, self._reports = self.when == "always", 0  # reports since it started
         self._state: ControllerState | None = None
         if sampler is not None:
             self._take(sampler)
@@ -127,14 +133,16 @@ class Resampling(BoundFeedback):
             raise ValueError("`Resampling` has no sampler to change. Call `bind_sampler(sampler)` first.")
         groups, classes = self._bound.natural_shares.shape
         natural = self._natural(self._bound)
-        before = self._shares(natural)
+        before = self._shares(natural) if self._reports else natural
+        early = [] if self._reports or not self._started else self._said_early()
         measured = measured_cells(report, self.by, (groups, classes)) if self.policy == "recall" else ()
         self._started = self._started or bool(self.answered(report))
         self._reports += self._started
         if measured:
             self._control(natural, *measured)
         self._write()
-        return share_actions(report, self.by, (groups, classes), before.tolist(), self._shares(natural).tolist())
+        after = self._shares(natural)
+        return (*early, *share_actions(report, self.by, (groups, classes), before.tolist(), after.tolist()))
 
     def state_dict(self) -> dict[str, object]:
         """Return how far it is, and for ``"recall"`` log weights and averages."""
@@ -176,9 +184,20 @@ class Resampling(BoundFeedback):
                 "`DynamicDistributedSampler(labels, groups=groups)`."
             )
         self._bound = sampler
+        self._started = self._started or self._is_told_by_groups()
+
+    def _is_told_by_groups(self) -> bool:
+        return self.by == "group" and self._bound is not None and cramers_v(self._bound.counts) >= _TELLING
+
+    def _said_early(self) -> list[Action]:
+        """Say what the first report cannot: that, and why, it acts since the first step."""
+        if self.when == "always" or self._bound is None:
+            return [Action("on from the start (always)")]
+        told = cramers_v(self._bound.counts)
+        return [Action(f"on from the start (groups tell classes in training data: Cramér's V {told:.2f})")]
 
     def _start_anew(self) -> None:
-        self._started, self._reports, self._state = self.when == "always", 0, None
+        self._started, self._reports, self._state = self.when == "always" or self._is_told_by_groups(), 0, None
 
     def _take_up(self, module: nn.Module) -> None:
         self._write()

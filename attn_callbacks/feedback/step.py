@@ -90,6 +90,8 @@ class StepFeedback(Feedback):
         second_order: Its term is a function of gradients: the step then runs on operations that can be differentiated
             twice, as fused attention cannot.
         layers: Names or glob patterns of the attention modules it looks at; ``None``: all.
+        region: Name of the token set that it changes inputs on: batches that do not mark it are left alone. ``None``:
+            it changes inputs of any batch.
 
     Example:
         >>> class WeightlessLogits(StepFeedback):
@@ -107,6 +109,7 @@ class StepFeedback(Feedback):
     sees: frozenset[str] = frozenset()
     second_order = False
     layers: tuple[str, ...] | None = None
+    region: str | None = None
 
     @property
     def active(self) -> bool:

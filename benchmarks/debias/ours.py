@@ -43,7 +43,7 @@ def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) 
 def automatic(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Let the monitor decide what to do, with the means that the work gives it."""
     if work.remedy == "f1":
-        return _monitored(work, splits, steps, seed, [ClassReweighting(policy="f1", min_support=10)])
+        return _monitored(work, splits, steps, seed, [ClassReweighting(policy="f1", step_size=0.5, min_support=10)])
     return _monitored(work, splits, steps, seed, "automatic")
 
 
@@ -93,7 +93,7 @@ def _criterion(work: Work, splits: Splits) -> nn.Module:
         return losses.LogitAdjustedLoss(table.view(work.attribute, len(work.classes)))
     if work.groups:
         return losses.WeightedCrossEntropyLoss(len(work.classes), num_groups=len(work.groups))
-    return losses.LogitAdjustedLoss(counts(work, splits.train), tau=0.25 if work.remedy == "f1" else 1.0)
+    return losses.LogitAdjustedLoss(counts(work, splits.train), tau=0.0 if work.remedy == "f1" else 1.0)
 
 
 OURS = (

@@ -281,6 +281,16 @@ def test_everything_automatic_is_withdrawn_and_not_refused() -> None:
     assert entered == ["withdrawn: `Failing` cannot take part in training. KeyError: no marks"]
 
 
+def test_automatic_feedback_is_silent_about_data_without_marks(tmp_path: Path, recwarn: Any) -> None:
+    monitor = BiasMonitor(feedback="automatic", schema=BatchSchema(spurious=lambda batch: None), min_support=2)
+    module = Classifier()
+    quiet_trainer(tmp_path, [monitor], max_epochs=2).fit(module, datamodule=Data(CASES["MaskRandomization"]))
+    assert not [w for w in recwarn if "spurious" in str(w.message)]
+    said = [d["action"] for entry in monitor.ledger for d in entry["decisions"] if d["feedback"] == "MaskRandomization"]
+    assert said[0] == "on from the start (always)"
+    assert said[1].startswith("withdrawn: `MaskRandomization` saw no `spurious` in 6 training steps")
+
+
 def test_one_process_of_several_does_not_withdraw_alone() -> None:
     feedback = Failing("biased", None)
     with pytest.raises(MisconfigurationException), FedFailures(lambda *_: None, processes=2).of([feedback]):

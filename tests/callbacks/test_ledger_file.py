@@ -143,7 +143,7 @@ def test_guidance_that_is_always_on_says_so_once(tmp_path: Path) -> None:
     monitor = BiasMonitor(feedback=[AttentionGuidance(control=False)], min_support=5, patience=None)
     run(tmp_path, monitor, 2)
     actions = [decision["action"] for entry in monitor.ledger for decision in entry["decisions"]]
-    assert actions == ["acts from the start (always)"]
+    assert actions == ["on from the start (always)"]
 
 
 def test_feedback_that_returns_nothing_is_named(tmp_path: Path) -> None:

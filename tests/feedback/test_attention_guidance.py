@@ -214,6 +214,14 @@ def test_always_acts_from_the_start():
     assert guidance.active
 
 
+def test_without_measured_reliance_neither_groups_nor_attention_switch_it_on():
+    counts = (((95, 5), (5, 95)), ((60, 40), (40, 60)))
+    for lost, on in ((None, True), (0, False), (40, True)):
+        guidance = AttentionGuidance(when="biased")
+        guidance.apply(report(counts, lost=lost))
+        assert guidance.active == on
+
+
 @pytest.mark.parametrize("found", [GROUP_BIAS, ATTENTION_BIAS, RELIANT])
 def test_biased_waits_for_a_finding_it_answers(found):
     guidance = AttentionGuidance(coefficient=0.5, when="biased")

@@ -179,7 +179,7 @@ def test_effect_on_what_was_not_measured_is_unknown() -> None:
 def test_what_acts_from_the_start_is_told_once() -> None:
     ledger = Ledger(None)
     said = ledger.first_action("F", Always())
-    assert [action.text for action in said] == ["acts from the start (always)"]
+    assert [action.text for action in said] == ["on from the start (always)"]
     ledger.add(LARGE, {}, {"F": said})
     assert ledger.first_action("F", Always()) == []
     assert ledger.first_action("G", Waiting()) == []

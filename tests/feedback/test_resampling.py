@@ -79,12 +79,13 @@ def test_balanced_by_group():
     actions = bound(sampler, "group").apply(report(BY_GROUP))
     np.testing.assert_allclose(sampler.shares, 0.25)
     assert told(actions) == [
+        ("on from the start (groups tell classes in training data: Cramér's V 0.77)", None),
         ("Amazon, positive: share of draws 0.020 -> 0.250", ("group", "Amazon, positive")),
         ("Tweets, negative: share of draws 0.100 -> 0.250", ("group", "Tweets, negative")),
         ("Amazon, negative: share of draws 0.480 -> 0.250", None),
         ("Tweets, positive: share of draws 0.400 -> 0.250", None),
     ]
-    assert (actions[0].old, actions[0].new) == (0.02, 0.25)
+    assert (actions[1].old, actions[1].new) == (0.02, 0.25)
 
 
 def test_by_class_leaves_the_groups_within_a_class_alone():
@@ -142,12 +143,39 @@ def test_always_needs_no_finding():
     sampler = by_class()
     feedback = bound(sampler, when="always")
     np.testing.assert_allclose(sampler.shares, [[0.5, 0.5]])
+    assert [str(action) for action in feedback.apply(report(FAIR))] == [
+        "on from the start (always)",
+        "positive: share of draws 0.100 -> 0.500",
+        "negative: share of draws 0.900 -> 0.500",
+    ]
     assert feedback.apply(report(FAIR)) == ()
     slow = by_class()
     feedback = bound(slow, when="always", anneal=2)
     assert natural(slow)
-    assert len(feedback.apply(report(FAIR))) == 2
+    assert len(feedback.apply(report(FAIR))) == 3
     np.testing.assert_allclose(slow.shares, [[0.7, 0.3]])
+
+
+def test_groups_that_tell_classes_are_drawn_evenly_before_any_report():
+    telling, silent = by_group(), by_group(((40, 20), (20, 10)))
+    by_classes = by_group(((48, 2), (10, 40)))
+    feedback = bound(telling, "group")
+    np.testing.assert_allclose(telling.shares, 0.25)
+    for sampler, by in ((silent, "group"), (by_classes, "class")):
+        assert bound(sampler, by).apply(report(FAIR)) == ()
+        assert natural(sampler)
+    feedback.withdraw()
+    assert natural(telling)
+    feedback.reinstate()
+    np.testing.assert_allclose(telling.shares, 0.25)
+
+
+def test_a_resumed_early_start_is_told_once():
+    feedback = bound(by_group(), "group")
+    assert str(feedback.apply(report(BY_GROUP))[0]).startswith("on from the start")
+    resumed = bound(by_group(), "group")
+    resumed.load_state_dict(saved(feedback.state_dict()))
+    assert resumed.apply(report(BY_GROUP)) == ()
 
 
 def test_balanced_data_are_left_as_they_are():
@@ -230,7 +258,12 @@ def test_cells_that_training_does_not_have_move_no_other():
     bound(whole, policy="recall").apply(report(counts[:, :2, :2]))
     assert torch.equal(small.shares, whole.shares)
     names_only = bound(by_class((90, 10, 20)), when="always", anneal=1).apply(report(FAIR))
-    assert [str(action).split(":")[0] for action in names_only] == ["positive", "negative", "2"]
+    assert [str(action).split(":")[0] for action in names_only] == [
+        "on from the start (always)",
+        "positive",
+        "negative",
+        "2",
+    ]
 
 
 def test_the_limit_bounds_how_often_a_cell_is_drawn():
@@ -274,8 +307,8 @@ def test_of_many_shares_the_largest_changes_are_told():
     names = tuple(f"class {index}" for index in range(30))
     counts = (torch.eye(30, dtype=torch.int64) * 100)[None]
     actions = bound(sampler, when="always", anneal=1).apply(BiasReport(0, 0, counts, names))
-    assert len(actions) == 13
-    assert str(actions[0]).startswith("class 0: share of draws 0.002 -> 0.033")
+    assert len(actions) == 14
+    assert str(actions[1]).startswith("class 0: share of draws 0.002 -> 0.033")
     assert str(actions[-1]) == "18 other shares of draws changed less"
 
 
@@ -480,7 +513,7 @@ def test_groups_are_needed_for_groups():
     feedback = bound(by_group(), "group", "recall")
     with pytest.raises(ValueError, match="by='group' needs groups in the report, got none"):
         feedback.apply(report())
-    assert bound(by_group(), "group").apply(report())[0].text.startswith("0, positive: share of draws 0.020 -> 0.250")
+    assert bound(by_group(), "group").apply(report())[1].text.startswith("0, positive: share of draws 0.020 -> 0.250")
 
 
 @pytest.mark.parametrize(
