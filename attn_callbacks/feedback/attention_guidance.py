@@ -164,7 +164,7 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
         Args:
             report: What the last validation pass showed.
         """
-        reliance = feature_findings(report, ("spurious",))
+        reliance = feature_findings(report, ("spurious",)) if KIND in self.answers else ()
         measured = report.reliance.get("spurious")
         if measured is not None and measured.support >= report.min_support and not reliance:
             return ()

@@ -14,7 +14,7 @@ from attn_callbacks.feedback.resampling import Resampling
 __all__ = ["automatic_feedback"]
 
 _GENTLE = 0.1
-"""Strength that attention guidance begins with beside counter-examples; it rises while reliance stays."""
+"""Strength that attention guidance begins with; it rises while validation shows that more is wanted."""
 
 
 def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
@@ -26,7 +26,8 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
     - :class:`~attn_callbacks.feedback.MaskRandomization` for batches that mark ``spurious``, from the first step on:
       somebody has said that it must not decide, and what is learned first is hard to unlearn.
     - :class:`~attn_callbacks.feedback.AttentionGuidance`, for batches that mark ``spurious`` or ``relevance``, from the
-      first report on that has a finding it answers.
+      first report on with a finding of groups or attention. Reliance is left to counter-examples: where it can be
+      measured they can be made, and guidance beside them made groups worse.
     - :class:`~attn_callbacks.feedback.Resampling` by group, for training data with a ``DynamicDistributedSampler`` that
       knows groups: the monitor then leaves the weights of groups alone, and without such a sampler it leaves this out.
 
@@ -50,6 +51,7 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
         elif path and BUFFER in buffers:
             found.append(ClassReweighting(path, _by(buffers[BUFFER])))
     guidance = AttentionGuidance(coefficient=_GENTLE, when="biased")
+    guidance.answers = guidance.answers - {"feature"}
     return (*found, Resampling("group"), MaskRandomization(when="always"), guidance)
 
 

@@ -11,7 +11,6 @@ import losses
 from attn_callbacks import BatchSchema, BiasMonitor
 from attn_callbacks.feedback import (
     AttentionGuidance,
-    ClassReweighting,
     DynamicDistributedSampler,
     Feedback,
     MaskRandomization,
@@ -42,8 +41,6 @@ def attention_and_functional(work: Work, splits: Splits, steps: int, seed: int) 
 
 def automatic(work: Work, splits: Splits, steps: int, seed: int) -> nn.Module:
     """Let the monitor decide what to do, with the means that the work gives it."""
-    if work.remedy == "f1":
-        return _monitored(work, splits, steps, seed, [ClassReweighting(policy="f1", step_size=0.5, min_support=10)])
     return _monitored(work, splits, steps, seed, "automatic")
 
 
@@ -86,14 +83,16 @@ def _with_attribute(work: Work, samples: Samples | None) -> Samples | None:
 
 
 def _criterion(work: Work, splits: Splits) -> nn.Module:
-    """Return cross entropy that can be steered: weights by class and group, or margins."""
+    """Return a loss that can be steered: by weights of classes and groups, or by margins."""
     if work.attribute:
         cells = splits.train.parts["attribute"] * len(work.classes) + splits.train.labels
         table = torch.bincount(cells, minlength=work.attribute * len(work.classes))
         return losses.LogitAdjustedLoss(table.view(work.attribute, len(work.classes)))
     if work.groups:
         return losses.WeightedCrossEntropyLoss(len(work.classes), num_groups=len(work.groups))
-    return losses.LogitAdjustedLoss(counts(work, splits.train), tau=0.0 if work.remedy == "f1" else 1.0)
+    if work.remedy == "weights":
+        return losses.FocalLoss(class_weight=torch.ones(len(work.classes)))
+    return losses.LogitAdjustedLoss(counts(work, splits.train))
 
 
 OURS = (

