@@ -70,6 +70,8 @@ def _decided(ledger: Ledger, actions: Mapping[str, Sequence[Action]]) -> Iterato
     now = ledger.entries[-1]
     if now["note"]:
         yield from ("", now["note"])
+    if ledger.late:
+        yield from ("", "**Since the last report**", "", *(f"- {text}" for text in ledger.late))
     if actions:
         yield from ("", "**Would be fed back** (dry run)" if _is_dry(now) else "**Fed back**", "")
         yield from (f"- {name}: {action}" for name, made in actions.items() for action in made)

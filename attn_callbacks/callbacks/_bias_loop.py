@@ -63,6 +63,7 @@ class BiasLoop:
         self._is_first_epoch = True
         self._is_told = False
         self._left_out: list[Feedback] = []  # of automatic feedback, for this training data
+        self._marks: set[str] = set()  # token sets that validation has
 
     @property
     def _samples(self) -> list[Feedback]:
@@ -71,16 +72,17 @@ class BiasLoop:
         return [each for each in found if not each.withdrawn and each not in self._left_out]
 
     def _choose(self, trainer: Trainer) -> None:
-        """Correct groups once: by the sampler, where the data has one that can, else by the weights of the loss."""
+        """Correct shares once: by the sampler, where the data has one that knows groups, else in the loss.
+
+        What already corrects classes in the loss goes on doing so: even cells would correct them a second time.
+        """
         sampler = getattr(trainer.train_dataloader, "sampler", None)
+        in_loss = [feedback for feedback in self.feedback if isinstance(feedback, ClassReweighting)]
         samples = isinstance(sampler, DynamicDistributedSampler) and sampler.has_groups
-        of_groups = [
-            feedback
-            for feedback in self.feedback
-            if "group" in feedback.answers and isinstance(feedback, (ClassReweighting, Resampling))
-        ]
-        self._left_out = [feedback for feedback in of_groups if isinstance(feedback, Resampling) != samples]
-        for feedback in of_groups:
+        samples = samples and not any(feedback.corrects for feedback in in_loss)
+        choice = [*in_loss, *(feedback for feedback in self.feedback if isinstance(feedback, Resampling))]
+        self._left_out = [feedback for feedback in choice if isinstance(feedback, Resampling) != samples]
+        for feedback in choice:
             feedback.hold(self._dry_run or feedback in self._left_out)
 
     def start(self, trainer: Trainer, module: LightningModule, seed: int) -> list[Callable[[], None]]:
@@ -121,7 +123,8 @@ class BiasLoop:
         self._steps = None
         if not taking_part:
             return []
-        rank, failures = trainer.global_rank, FedFailures(self._enter, self._automatic, trainer.world_size)
+        rank = trainer.global_rank
+        failures = FedFailures(self._enter, self._automatic, trainer.world_size, self._expects)
         seeds = lambda: (self._seed or 0, rank)  # noqa: E731
         self._steps = FedSteps(module, taking_part, self._schema, lambda: self._place, seeds, failures)
         return [tap_step(module, "training_step", self._steps.tap)]
@@ -174,11 +177,15 @@ class BiasLoop:
         Returns:
             What each feedback did, by its name.
         """
+        self._marks |= {*report.reliance, *report.attention}
         actions: dict[str, list[Action]] = {}
         for name, feedback in zip(self._names, self.feedback, strict=True):
             if not act or feedback.withdrawn or feedback in self._left_out:
                 continue
-            made = [*self.ledger.first_action(name, feedback), *_applied(feedback, report)]
+            # nobody has to read of what waits for marks that there are not
+            is_idle = self._automatic and isinstance(feedback, StepFeedback) and not self._expects(feedback)
+            first = [] if is_idle else self.ledger.first_action(name, feedback)
+            made = [*first, *_applied(feedback, report)]
             useless = None if self._dry_run else self.ledger.useless(name, feedback, report)
             if useless is not None:
                 feedback.withdraw()
@@ -192,6 +199,10 @@ class BiasLoop:
         notes = " ".join(text for text in (note, twice) if text) or None
         self.ledger.add(report, measured, actions, dry_run=self._dry_run, time=time.time(), note=notes)
         return actions
+
+    def _expects(self, feedback: StepFeedback) -> bool:
+        """Tell whether validation has the marks that it acts on, so that training should have them as well."""
+        return bool(self._marks) if feedback.region is None else feedback.region in self._marks
 
     def _enter(self, feedback: Feedback, text: str) -> None:
         self.ledger.add_between(self._names[self.feedback.index(feedback)], Action(text))

@@ -9,7 +9,6 @@ from attn_callbacks._lightning import MisconfigurationException, rank_zero_warn
 from attn_callbacks.callbacks._guard import message
 from attn_callbacks.capture import AttentionNotFoundError
 from attn_callbacks.feedback import StepFeedback
-from attn_callbacks.feedback._trial import acts_from_the_start
 
 __all__ = ["FedFailures"]
 
@@ -23,12 +22,20 @@ class FedFailures:
     Args:
         enter: Called with what was withdrawn, and why.
         automatic: Nobody asked for any of it.
+        expects: Tells whether validation has the marks that a feedback acts on.
         processes: Number of processes. With more than one an error of a step always ends training: the others do not
             know of it, and would wait.
     """
 
-    def __init__(self, enter: Callable[[StepFeedback, str], None], automatic: bool = False, processes: int = 1) -> None:
+    def __init__(
+        self,
+        enter: Callable[[StepFeedback, str], None],
+        automatic: bool = False,
+        processes: int = 1,
+        expects: Callable[[StepFeedback], bool] = lambda feedback: True,
+    ) -> None:
         self._enter, self._automatic, self._processes = enter, automatic, processes
+        self._expects = expects
 
     @contextmanager
     def of(self, feedback: Sequence[StepFeedback]) -> Iterator[None]:
@@ -54,7 +61,7 @@ class FedFailures:
     def tell_idle(self, feedback: StepFeedback, steps: int) -> None:
         """Refuse what was asked for and has nothing to look at; other feedback is withdrawn instead.
 
-        Where nobody asked and no finding did, there is nothing to warn of: data without marks is the usual case.
+        Where nobody asked, and validation has no marks either, there is nothing to warn of: few data have some.
 
         Args:
             feedback: The feedback, the same on all processes.
@@ -68,10 +75,10 @@ class FedFailures:
         )
         if self._is_wanted(feedback):
             raise MisconfigurationException(f"{text}.")
-        self._withdraw(feedback, text, warn=not acts_from_the_start(feedback))
+        self._withdraw(feedback, text, warn=not self._automatic or self._expects(feedback))
 
     def _is_wanted(self, feedback: StepFeedback) -> bool:
-        return not self._automatic and acts_from_the_start(feedback)
+        return not self._automatic and feedback.early is not None
 
     def _withdraw(self, feedback: StepFeedback, text: str, warn: bool = True) -> None:
         feedback.withdraw()

@@ -116,7 +116,7 @@ class FedSteps:
             self._begun[number] = self._begun.get(number, 0) + (feedback in self._active)
 
     def _change_inputs(self, step: FedStep) -> None:
-        changing = [each for each in self._active if _changes(each) and (not each.region or step.marks(each.region))]
+        changing = [each for each in self._active if _changes(each) and self._finds(each, step)]
         concerned = [each for each in self._active if each in changing or "inputs" in each.sees]
         if not concerned:
             return
@@ -133,6 +133,11 @@ class FedSteps:
                 step.put_inputs(inputs, leaf)
                 inputs = leaf
             step.call = ForwardCall(self._module, inputs, trace=True)
+
+    def _finds(self, feedback: StepFeedback, step: FedStep) -> bool:
+        with self._trying(feedback):
+            return feedback.region is None or step.marks(feedback.region)
+        return False
 
     def _change_by(self, feedback: StepFeedback, inputs: Tensor, step: FedStep) -> Tensor:
         with self._trying(feedback):

@@ -19,7 +19,7 @@ def training_sampler(trainer: Trainer) -> Any:
     """Return what draws the indices of the training data.
 
     Raises:
-        ValueError: If there is not one ``DataLoader``, or nothing draws indices for it.
+        ValueError: If there is not one ``DataLoader``, nothing draws indices for it, or its sampler is for other data.
     """
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
@@ -31,6 +31,12 @@ def training_sampler(trainer: Trainer) -> Any:
     if type(sampler).__name__ == "_InfiniteConstantSampler":
         raise ValueError(
             "Resampling needs a data set with indices, and the training data is an iterable. Use an indexed data set."
+        )
+    samples: Any = loader.dataset
+    if isinstance(sampler, DynamicDistributedSampler) and int(sampler.counts.sum()) != len(samples):
+        raise ValueError(
+            f"`DynamicDistributedSampler` was built from {int(sampler.counts.sum())} labels, and the data set has "
+            f"{len(samples)} samples. Build it from the labels of all samples, in their order."
         )
     return sampler
 

@@ -236,7 +236,7 @@ class BiasMonitor(ValidationObserver):
     def _conclude(self, report: BiasReport, trainer: Trainer) -> None:
         broken, note = self._sensor.broken, None
         if broken:
-            note = f"Nothing was done: {broken} samples have logits that are not finite and were left out."
+            note = f"Nothing was decided: {broken} samples have logits that are not finite and were left out."
         self.report = report
         measured = monitored(report)
         actions = self._loop.answer(report, measured, act=self._fitting and not broken, note=note)

@@ -7,7 +7,7 @@ from torch import Tensor
 __all__ = ["cramers_v"]
 
 
-def cramers_v(counts: Tensor) -> float:
+def cramers_v(counts: Tensor, minimum: int = 1) -> float:
     r"""Return Cramér's V of a table, corrected for chance: 0 for independence, 1 where a group says which class it is.
 
     .. math::
@@ -15,7 +15,8 @@ def cramers_v(counts: Tensor) -> float:
         \qquad \phi^2 = \chi^2 / n, \quad \tilde r = r - \tfrac{(r - 1)^2}{n - 1}
 
     Args:
-        counts: Samples of each group and class, ``(groups, classes)``; empty rows and columns do not count.
+        counts: Samples of each group and class, ``(groups, classes)``.
+        minimum: Least number of samples of a group, or of a class, that counts.
 
     Example:
         >>> import torch
@@ -26,6 +27,7 @@ def cramers_v(counts: Tensor) -> float:
         Bergsma, "A bias-correction for Cramér's V and Tschuprow's T", Journal of the Korean Statistical Society, 2013.
     """
     table = counts.double()
+    table = table[table.sum(dim=1) >= minimum][:, table.sum(dim=0) >= minimum]
     table = table[table.sum(dim=1) > 0][:, table.sum(dim=0) > 0]
     total, (rows, columns) = float(table.sum()), table.shape
     if rows < 2 or columns < 2:

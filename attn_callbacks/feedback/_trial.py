@@ -12,7 +12,7 @@ from attn_callbacks.bias.sizes import Measured
 from attn_callbacks.feedback.base import Feedback
 from attn_callbacks.feedback.step import StepFeedback
 
-__all__ = ["Trial", "acts_from_the_start", "takes_part"]
+__all__ = ["Trial", "takes_part"]
 
 _BACK = 2.0
 """Standard errors by which a finding has to rise for a feedback that has proved itself to be tried again."""
@@ -108,9 +108,3 @@ class Trial:
 def takes_part(feedback: Feedback) -> bool:
     """Whether a feedback changes training now."""
     return feedback.acting and (not isinstance(feedback, StepFeedback) or feedback.active)
-
-
-def acts_from_the_start(feedback: Feedback) -> bool:
-    """Whether a feedback takes part in steps without waiting for a finding; a control is as what it controls for."""
-    when = getattr(getattr(feedback, "guidance", feedback), "when", "always")
-    return isinstance(feedback, StepFeedback) and when == "always"

@@ -34,8 +34,7 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
     :class:`~attn_callbacks.feedback.RandomRationaleControl`.
 
     Changes training. Answers attention bias and reliance on spurious tokens (a ``"feature"`` finding), not candidates;
-    for group bias it joins in as a second means, beside what the finding names. Where the monitor has measured that
-    nothing relies on spurious tokens, neither switches it on. Costs about one more forward and
+    for group bias it joins in as a second means, beside what the finding names. Costs about one more forward and
     backward of the attention kernel of each guided layer; with a ``loss`` of your own, its weights instead.
 
     Args:
@@ -45,7 +44,9 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
         layers: Names or glob patterns of the attention modules to guide; ``None``: all.
         heads: Indices of the heads to guide in each of them; ``None``: all.
         queries: ``"all"`` tokens, or the ``"first"``, where the classification token sits; for the built-in term.
-        when: ``"always"``, or ``"biased"``: from the first report with a finding that it answers on.
+        when: ``"always"``; ``"biased"``: from the first report with a finding that it answers on; or ``"unmeasured"``:
+            the same, but never where reliance on spurious tokens is measured, since counter-examples can be made there
+            (:class:`~attn_callbacks.feedback.MaskRandomization`), nor where validation has no marks.
         control: Move the strength by what validation shows; ``False`` leaves it as it is.
         scale_free: Multiply the strength by the running average of the loss over that of the term, so that 1 means
             equal sizes: of 40 tokens attended alike, one spurious one costs 150 times less than one relevant one.
@@ -97,7 +98,7 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
         self.layers = None if layers is None else name_list("layers", layers)
         self.heads = None if heads is None else tuple(integer("heads", head) for head in heads)
         self.queries = queries
-        self.when = one_of("when", when, ("always", "biased"))
+        self.when = one_of("when", when, ("always", "biased", "unmeasured"))
         self.control = control
         self.scale_free = loss is None if scale_free is None else scale_free
         self.settings = StrengthSettings(raise_by=raise_by, limit=limit, tolerance=tolerance, warm_up=warm_up)
@@ -158,16 +159,12 @@ class AttentionGuidance(BoundFeedback, StepFeedback):
     def answered(self, report: BiasReport) -> tuple[Finding, ...]:
         """Return the findings it can do something about, the largest first: reliance only on what it guides away from.
 
-        None where reliance was measured and not found: attention alone decides nothing, and what sets the groups apart
-        is then another thing.
-
         Args:
             report: What the last validation pass showed.
         """
-        reliance = feature_findings(report, ("spurious",)) if KIND in self.answers else ()
-        measured = report.reliance.get("spurious")
-        if measured is not None and measured.support >= report.min_support and not reliance:
+        if self.when == "unmeasured" and ("spurious" in report.reliance or not report.attention):
             return ()
+        reliance = feature_findings(report, ("spurious",))
         return tuple(found for found in super().answered(report) if found.kind != KIND or found in reliance)
 
     def state_dict(self) -> dict[str, object]:

@@ -29,7 +29,9 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
       first report on with a finding of groups or attention. Reliance is left to counter-examples: where it can be
       measured they can be made, and guidance beside them made groups worse.
     - :class:`~attn_callbacks.feedback.Resampling` by group, for training data with a ``DynamicDistributedSampler`` that
-      knows groups: the monitor then leaves the weights of groups alone, and without such a sampler it leaves this out.
+      knows groups: from the first step on where groups tell classes there. The monitor then leaves the weights of
+      classes and groups alone. Without such a sampler, or where a loss starts with weights or margins that correct
+      classes already, it leaves this out.
 
     For a further loss pass a list, with ``InputGradientPenalty(...)`` in it.
 
@@ -50,8 +52,7 @@ def automatic_feedback(module: nn.Module) -> tuple[Feedback, ...]:
             found.append(ClassReweighting(path, _by(buffers[SHIFT]), act="margin"))
         elif path and BUFFER in buffers:
             found.append(ClassReweighting(path, _by(buffers[BUFFER])))
-    guidance = AttentionGuidance(coefficient=_GENTLE, when="biased")
-    guidance.answers = guidance.answers - {"feature"}
+    guidance = AttentionGuidance(coefficient=_GENTLE, when="unmeasured")
     return (*found, Resampling("group"), MaskRandomization(when="always"), guidance)
 
 

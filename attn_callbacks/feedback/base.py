@@ -48,6 +48,15 @@ class Feedback(ABC):
         return not (self._held or self._withdrawn)
 
     @property
+    def early(self) -> str | None:
+        """Why it changes training before any report; ``None``: it waits for one.
+
+        What a report finds is then what it has left, which says nothing of what it does: it is judged by its effect
+        from its first answer to a finding on.
+        """
+        return None
+
+    @property
     def withdrawn(self) -> bool:
         """It was taken back for good, because it did not help."""
         return self._withdrawn

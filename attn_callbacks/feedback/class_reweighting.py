@@ -131,6 +131,11 @@ class ClassReweighting(TableFeedback):
         self._excess: tuple[float, ...] = ()
         self._settled: tuple[float, ...] = ()
 
+    @property
+    def corrects(self) -> bool:
+        """The loss favours some classes or cells without it: its table did not start out even."""
+        return len(set(self._start or ())) > 1
+
     def apply(self, report: BiasReport) -> Sequence[Action]:
         """Decide on the weights, and write them.
 

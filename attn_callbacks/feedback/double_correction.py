@@ -105,7 +105,7 @@ def double_correction(
         return None
     row, column = divmod(int(beyond.argmax()), len(classes))
     return _sentence(
-        f"Class {classes[column]}" if groups is None else f"Group {groups[row]}, class {classes[column]}",
+        f"Class {classes[column]}" if groups is None else f"{_group(groups[row])}, class {classes[column]}",
         {name: float(lift[row, column]) for name, lift in lifts.items()},
         float(effective[row, column]),
         balance,
@@ -126,6 +126,10 @@ def _sentence(cell: str, lifts: Mapping[str, float], share: float, balance: floa
         f"{cell} is corrected more than once: its share is multiplied by {means}, as if {share:.2f} of the data "
         f"were of it, where {balance:.2f} is balance. Keep one of them."
     )
+
+
+def _group(name: str) -> str:
+    return name.capitalize() if name.startswith("group ") else f"Group {name}"
 
 
 def _shares(name: str, counts: Tensor) -> Tensor:

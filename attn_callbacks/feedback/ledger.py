@@ -8,7 +8,7 @@ from typing import Any
 
 from attn_callbacks.bias import BiasReport, Finding
 from attn_callbacks.bias.sizes import measure, size_of
-from attn_callbacks.feedback._trial import Trial, acts_from_the_start, takes_part
+from attn_callbacks.feedback._trial import Trial, takes_part
 from attn_callbacks.feedback.action import Action
 from attn_callbacks.feedback.base import Feedback
 
@@ -25,7 +25,8 @@ class Ledger:
     the standard error of the difference, the feedback is withdrawn, and the ledger says so. Validations that did not
     measure it do not count. Whoever passed is tried again when the finding comes back.
 
-    All of it is plain numbers and text: it goes into a checkpoint, and into lines of JSON.
+    All of it is plain numbers and text: it goes into a checkpoint, and into lines of JSON. What was decided between the
+    last two validations is in :attr:`late`.
 
     Args:
         patience: Validations after which a feedback that has not helped is withdrawn; ``None``: never.
@@ -47,6 +48,8 @@ class Ledger:
         self.entries: list[Entry] = []
         self._trials: dict[str, Trial] = {}
         self._between: list[Entry] = []  # decided before there was any entry
+        self._since: list[str] = []
+        self.late: list[str] = []
 
     def add(
         self,
@@ -68,6 +71,7 @@ class Ledger:
             time: Seconds since 1970, for the reader.
             note: What else the reader should know of this validation.
         """
+        self.late, self._since = self._since, []
         if self.entries:
             for decision in self.entries[-1]["decisions"]:
                 _close(decision, report)
@@ -89,6 +93,7 @@ class Ledger:
         """
         place = self.entries[-1]["decisions"] if self.entries else self._between
         place.append(_decision(name, action, None, dry_run=False))
+        self._since.append(f"{name}: {action}")
 
     def first_action(self, name: str, feedback: Feedback) -> list[Action]:
         """Return what to say, once, of a feedback that waits for no finding.
@@ -98,7 +103,7 @@ class Ledger:
             feedback: The feedback.
         """
         known = any(decision["feedback"] == name for entry in self.entries for decision in entry["decisions"])
-        return [] if known or not acts_from_the_start(feedback) else [Action("on from the start (always)")]
+        return [] if known or feedback.early is None else [Action(f"on from the start ({feedback.early})")]
 
     def useless(self, name: str, feedback: Feedback, report: BiasReport) -> Action | None:
         """Judge a feedback after a report; return what to say if it is to be withdrawn.
@@ -108,7 +113,7 @@ class Ledger:
             feedback: The feedback.
             report: The report it has just answered.
         """
-        if self.patience is None:
+        if self.patience is None or (feedback.early is not None and not self._has_answered(name)):
             return None
         trial = self._trials.get(name)
         if trial is None:
@@ -135,6 +140,10 @@ class Ledger:
             trial.start,
             late.size,
         )
+
+    def _has_answered(self, name: str) -> bool:
+        decisions = (decision for entry in self.entries for decision in entry["decisions"])
+        return any(decision["feedback"] == name and decision["finding"] is not None for decision in decisions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything, for a checkpoint."""

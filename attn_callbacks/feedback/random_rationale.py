@@ -68,8 +68,13 @@ class RandomRationaleControl(StepFeedback):
 
     @property
     def when(self) -> str:
-        """When the guidance acts: ``"always"``, or ``"biased"``, from a finding on."""
+        """When the guidance acts: ``"always"``, or from a finding on."""
         return self.guidance.when
+
+    @property
+    def early(self) -> str | None:
+        """As the guidance."""
+        return self.guidance.early
 
     def bind(self, module: nn.Module) -> None:
         """Start anew if the module is another one than last time.

@@ -101,10 +101,18 @@ class Resampling(BoundFeedback):
             raise TypeError(f"`sampler` must be a `DynamicDistributedSampler`, got {sampler!r}.")
         self.sampler = sampler
         self._bound: DynamicDistributedSampler | None = None
-        self._started, self._reports = self.when == "always", 0  # reports since it started
+        self._started, self._reports = self.when == "always", 0
+        self._early = "always" if self.when == "always" else None
+        self._is_resumed = False  # whether it had started is known
         self._state: ControllerState | None = None
         if sampler is not None:
             self._take(sampler)
+
+    @property
+    def early(self) -> str | None:
+        """Why shares have not been natural since the first step; ``None``: they were."""
+        changes = self.policy == "balanced" and self.strength > 0 and self.anneal == 0
+        return self._early if changes else None
 
     def bind_sampler(self, sampler: object) -> None:
         """Take the sampler of the training loader, perhaps a new one, and write the weights.
@@ -133,20 +141,20 @@ class Resampling(BoundFeedback):
             raise ValueError("`Resampling` has no sampler to change. Call `bind_sampler(sampler)` first.")
         groups, classes = self._bound.natural_shares.shape
         natural = self._natural(self._bound)
-        before = self._shares(natural) if self._reports else natural
-        early = [] if self._reports or not self._started else self._said_early()
+        before = self._shares(natural)
         measured = measured_cells(report, self.by, (groups, classes)) if self.policy == "recall" else ()
         self._started = self._started or bool(self.answered(report))
         self._reports += self._started
         if measured:
             self._control(natural, *measured)
         self._write()
-        after = self._shares(natural)
-        return (*early, *share_actions(report, self.by, (groups, classes), before.tolist(), after.tolist()))
+        return share_actions(report, self.by, (groups, classes), before.tolist(), self._shares(natural).tolist())
 
     def state_dict(self) -> dict[str, object]:
         """Return how far it is, and for ``"recall"`` log weights and averages."""
         state: dict[str, object] = {**super().state_dict(), "started": self._started, "reports": self._reports}
+        if self._early is not None:
+            state["early"] = self._early
         if self._state is not None:
             for name in ("log_weight", "average", "settled"):
                 state[name] = torch.tensor(getattr(self._state, name), dtype=torch.float64)
@@ -159,7 +167,9 @@ class Resampling(BoundFeedback):
             state: What :meth:`state_dict` returned.
         """
         super().load_state_dict(state)
-        self._started = bool(state.get("started", self._started))
+        if "started" in state:
+            self._started, self._is_resumed = bool(state["started"]), True
+        self._early = str(state["early"]) if state.get("early") else None
         names = ("reports", "log_weight", "average", "settled")
         reports, log_weight, average, settled = (state.get(name) for name in names)
         self._reports = reports if isinstance(reports, int) else self._reports
@@ -183,21 +193,20 @@ class Resampling(BoundFeedback):
                 "by='group' needs a sampler that knows the groups, got one without. Write "
                 "`DynamicDistributedSampler(labels, groups=groups)`."
             )
+        if sampler is not self._bound and not self._is_resumed:
+            told = cramers_v(sampler.counts, self.settings.min_support) if self.by == "group" else 0.0
+            if self.when == "biased" and told >= _TELLING and self._reports == 0:
+                self._started = True
+                self._early = f"groups tell classes in training data: Cramér's V {told:.2f}"
         self._bound = sampler
-        self._started = self._started or self._is_told_by_groups()
-
-    def _is_told_by_groups(self) -> bool:
-        return self.by == "group" and self._bound is not None and cramers_v(self._bound.counts) >= _TELLING
-
-    def _said_early(self) -> list[Action]:
-        """Say what the first report cannot: that, and why, it acts since the first step."""
-        if self.when == "always" or self._bound is None:
-            return [Action("on from the start (always)")]
-        told = cramers_v(self._bound.counts)
-        return [Action(f"on from the start (groups tell classes in training data: Cramér's V {told:.2f})")]
 
     def _start_anew(self) -> None:
-        self._started, self._reports, self._state = self.when == "always" or self._is_told_by_groups(), 0, None
+        self._started, self._reports, self._state = self.when == "always", 0, None
+        self._early, self._is_resumed = "always" if self._started else None, False
+        self._write()
+        self._bound = None  # another module may have other data
+        if self.sampler is not None:
+            self._take(self.sampler)
 
     def _take_up(self, module: nn.Module) -> None:
         self._write()

@@ -116,6 +116,11 @@ class StepFeedback(Feedback):
         """It takes part in steps; while it does not, nothing is captured for it."""
         return self.acting
 
+    @property
+    def early(self) -> str | None:
+        """``"always"``, unless it has a setting ``when`` that says otherwise."""
+        return "always" if getattr(self, "when", "always") == "always" else None
+
     def change_inputs(self, inputs: Tensor, step: TrainingStep) -> Tensor | None:
         """Return what the step shall start from instead; ``None``: leave it.
 

@@ -27,7 +27,7 @@ from attn_callbacks.bias import BiasReport
 from attn_callbacks.callbacks._bias_loop import BiasLoop
 from attn_callbacks.callbacks._fed_failures import FedFailures
 from attn_callbacks.feedback import StepFeedback
-from tests.callbacks.feeding import CASES, Case, Data, Marked, Run, run
+from tests.callbacks.feeding import CASES, Case, Data, Run, run
 from tests.callbacks.models import VOCABULARY, WIDTH, Classifier, leftovers, loader, pl, quiet_trainer
 
 SAME = BiasReport(0, 0, torch.tensor([[[90, 10], [60, 40]]]), ("0", "1"))
@@ -281,16 +281,6 @@ def test_everything_automatic_is_withdrawn_and_not_refused() -> None:
     assert entered == ["withdrawn: `Failing` cannot take part in training. KeyError: no marks"]
 
 
-def test_automatic_feedback_is_silent_about_data_without_marks(tmp_path: Path, recwarn: Any) -> None:
-    monitor = BiasMonitor(feedback="automatic", schema=BatchSchema(spurious=lambda batch: None), min_support=2)
-    module = Classifier()
-    quiet_trainer(tmp_path, [monitor], max_epochs=2).fit(module, datamodule=Data(CASES["MaskRandomization"]))
-    assert not [w for w in recwarn if "spurious" in str(w.message)]
-    said = [d["action"] for entry in monitor.ledger for d in entry["decisions"] if d["feedback"] == "MaskRandomization"]
-    assert said[0] == "on from the start (always)"
-    assert said[1].startswith("withdrawn: `MaskRandomization` saw no `spurious` in 6 training steps")
-
-
 def test_one_process_of_several_does_not_withdraw_alone() -> None:
     feedback = Failing("biased", None)
     with pytest.raises(MisconfigurationException), FedFailures(lambda *_: None, processes=2).of([feedback]):
@@ -406,15 +396,3 @@ def test_a_run_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "whole" / "steps").glob("*step=8.ckpt")
     _, monitor = automatic(tmp_path / "rest", 3, checkpoint)
     assert monitor.ledger[-1]["epoch"] == 2
-
-
-def test_automatic_feedback_corrects_groups_once_for_each_kind_of_data(tmp_path: Path) -> None:
-    monitor, module = BiasMonitor(feedback="automatic", min_support=4, patience=None), Classifier()
-    for folder, case in (("plain", "AttentionGuidance"), ("sampled", "Resampling")):
-        data = Data(CASES[case])
-        data.validation = Marked(200, seed=1, agreement=0.5)
-        quiet_trainer(tmp_path / folder, [monitor], max_epochs=2).fit(module, datamodule=data)
-        names = {decision["feedback"] for entry in monitor.ledger[-2:] for decision in entry["decisions"]}
-        assert ("Resampling" in names) == (folder == "sampled")
-        assert ("ClassReweighting" in names) == (folder == "plain")
-    assert torch.equal(module.criterion.class_weight, torch.ones(4, 2))  # given back to the sampler's care

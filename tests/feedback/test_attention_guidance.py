@@ -215,14 +215,6 @@ def test_always_acts_from_the_start():
     assert guidance.active
 
 
-def test_without_measured_reliance_neither_groups_nor_attention_switch_it_on():
-    counts = (((95, 5), (5, 95)), ((60, 40), (40, 60)))
-    for lost, on in ((None, True), (0, False), (40, True)):
-        guidance = AttentionGuidance(when="biased")
-        guidance.apply(report(counts, lost=lost))
-        assert guidance.active == on
-
-
 @pytest.mark.parametrize("found", [GROUP_BIAS, ATTENTION_BIAS, RELIANT])
 def test_biased_waits_for_a_finding_it_answers(found):
     guidance = AttentionGuidance(coefficient=0.5, when="biased")
@@ -385,7 +377,7 @@ def test_loss_that_is_not_a_scalar_is_refused():
         (ValueError, {"coefficient": math.inf}, "`coefficient` must be finite"),
         (ValueError, {"coefficient": -1.0}, "not negative, got -1.0"),
         (TypeError, {"coefficient": "a"}, "`coefficient` must be a number, got 'a'"),
-        (ValueError, {"when": "later"}, "`when` must be one of 'always', 'biased', got 'later'"),
+        (ValueError, {"when": "later"}, "`when` must be one of 'always', 'biased', 'unmeasured', got 'later'"),
         (ValueError, {"queries": "last"}, "`queries` must be one of 'all', 'first', got 'last'"),
         (TypeError, {"layers": "encoder"}, r"`layers` must be a list of names, got 'encoder'. Pass \['encoder'\]"),
         (TypeError, {"heads": [0.5]}, "`heads` must be an integer, got 0.5"),
@@ -398,9 +390,14 @@ def test_wrong_arguments_are_refused(error, arguments, message):
         AttentionGuidance(**arguments)
 
 
-def test_automatic_guidance_leaves_reliance_to_counter_examples():
-    counts = (((95, 5), (5, 95)), ((60, 40), (40, 60)))
-    for lost, on in ((None, True), (0, False), (40, False)):
-        (guidance,) = [each for each in automatic_feedback(nn.Module()) if isinstance(each, AttentionGuidance)]
-        guidance.apply(report(counts, lost=lost))
-        assert guidance.active == on
+def test_unmeasured_leaves_reliance_to_counter_examples():
+    (guidance,) = [each for each in automatic_feedback(nn.Module()) if isinstance(each, AttentionGuidance)]
+    assert guidance.when == "unmeasured"
+    biased, seen = (((95, 5), (5, 95)), ((60, 40), (40, 60))), ATTENTION_BIAS.attention
+    for lost in (0, 40):
+        guidance.apply(report(biased, lost=lost, attention=seen))
+        assert not guidance.active
+    guidance.apply(report(biased))  # validation has no marks
+    assert not guidance.active
+    guidance.apply(report(biased, attention=seen))
+    assert guidance.active

@@ -131,7 +131,10 @@ def test_a_trial_that_nobody_measures_any_more_ends() -> None:
 
 def test_a_trial_starts_when_the_feedback_acts() -> None:
     assert withdrawn(Ledger(2), [LARGE] * 9, Waiting()) is None
-    assert withdrawn(Ledger(2), [LARGE] * 3, Always()) == 2
+    early, always = Ledger(2), Always()
+    assert withdrawn(early, [LARGE] * 9, always) is None  # what it has left says nothing of what it does
+    early.add(LARGE, {}, {"F": [Action("stronger", LARGE.findings[0].key)]})
+    assert withdrawn(early, [LARGE] * 3, always) == 2
     held = Still()
     held.hold(True)
     assert withdrawn(Ledger(2), [LARGE] * 9, held) is None

@@ -28,6 +28,9 @@ BIASED = torch.tensor([[[90, 10], [50, 50]]])
 BY_GROUP = torch.tensor([[[95, 5], [44, 56]], [[85, 15], [8, 92]]])
 
 
+MIXED = ((40, 10), (20, 30))  # groups say little about classes: nothing is drawn evenly before a report
+
+
 def by_class(counts=(90, 10)):
     return DynamicDistributedSampler([label for label, count in enumerate(counts) for _ in range(count)])
 
@@ -75,17 +78,16 @@ def test_balanced_by_class():
 
 
 def test_balanced_by_group():
-    sampler = by_group()
+    sampler = by_group(MIXED)
     actions = bound(sampler, "group").apply(report(BY_GROUP))
     np.testing.assert_allclose(sampler.shares, 0.25)
     assert told(actions) == [
-        ("on from the start (groups tell classes in training data: Cramér's V 0.77)", None),
-        ("Amazon, positive: share of draws 0.020 -> 0.250", ("group", "Amazon, positive")),
-        ("Tweets, negative: share of draws 0.100 -> 0.250", ("group", "Tweets, negative")),
-        ("Amazon, negative: share of draws 0.480 -> 0.250", None),
-        ("Tweets, positive: share of draws 0.400 -> 0.250", None),
+        ("Amazon, positive: share of draws 0.100 -> 0.250", ("group", "Amazon, positive")),
+        ("Amazon, negative: share of draws 0.400 -> 0.250", None),
+        ("Tweets, negative: share of draws 0.200 -> 0.250", ("group", "Tweets, negative")),
+        ("Tweets, positive: share of draws 0.300 -> 0.250", None),
     ]
-    assert (actions[1].old, actions[1].new) == (0.02, 0.25)
+    assert (actions[0].old, actions[0].new) == (0.1, 0.25)
 
 
 def test_by_class_leaves_the_groups_within_a_class_alone():
@@ -136,23 +138,20 @@ def test_only_findings_of_its_kind_start_it():
     seen = report(skewed)
     assert {finding.kind for finding in seen.findings} == {"group"}
     assert bound(by_group(), "class").apply(seen) == ()
-    assert bound(by_group(), "group").apply(seen) != ()
+    assert bound(by_group(MIXED), "group").apply(seen) != ()
 
 
 def test_always_needs_no_finding():
     sampler = by_class()
     feedback = bound(sampler, when="always")
     np.testing.assert_allclose(sampler.shares, [[0.5, 0.5]])
-    assert [str(action) for action in feedback.apply(report(FAIR))] == [
-        "on from the start (always)",
-        "positive: share of draws 0.100 -> 0.500",
-        "negative: share of draws 0.900 -> 0.500",
-    ]
+    assert feedback.early == "always"
     assert feedback.apply(report(FAIR)) == ()
     slow = by_class()
     feedback = bound(slow, when="always", anneal=2)
     assert natural(slow)
-    assert len(feedback.apply(report(FAIR))) == 3
+    assert feedback.early is None  # nothing has changed yet
+    assert len(feedback.apply(report(FAIR))) == 2
     np.testing.assert_allclose(slow.shares, [[0.7, 0.3]])
 
 
@@ -161,6 +160,8 @@ def test_groups_that_tell_classes_are_drawn_evenly_before_any_report():
     by_classes = by_group(((48, 2), (10, 40)))
     feedback = bound(telling, "group")
     np.testing.assert_allclose(telling.shares, 0.25)
+    assert feedback.early == "groups tell classes in training data: Cramér's V 0.77"
+    assert feedback.apply(report(BY_GROUP)) == ()  # the ledger says it
     for sampler, by in ((silent, "group"), (by_classes, "class")):
         assert bound(sampler, by).apply(report(FAIR)) == ()
         assert natural(sampler)
@@ -170,12 +171,33 @@ def test_groups_that_tell_classes_are_drawn_evenly_before_any_report():
     np.testing.assert_allclose(telling.shares, 0.25)
 
 
-def test_a_resumed_early_start_is_told_once():
-    feedback = bound(by_group(), "group")
-    assert str(feedback.apply(report(BY_GROUP))[0]).startswith("on from the start")
-    resumed = bound(by_group(), "group")
+def test_an_early_start_is_resumed_and_is_that_of_its_own_data():
+    sampler, feedback = by_group(), bound(by_group(), "group")
+    resumed = Resampling("group")
     resumed.load_state_dict(saved(feedback.state_dict()))
-    assert resumed.apply(report(BY_GROUP)) == ()
+    resumed.bind_sampler(sampler)
+    assert resumed.early == feedback.early
+    np.testing.assert_allclose(sampler.shares, 0.25)
+    waiting = Resampling("group")
+    waiting.load_state_dict({"started": False, "reports": 0})  # of a run that did not begin early
+    waiting.bind_sampler(sampler)
+    assert natural(sampler)
+    feedback.bind(nn.Linear(1, 1))
+    first, second = nn.Linear(1, 1), by_group(MIXED)
+    feedback.bind(first)
+    feedback.bind_sampler(second)
+    assert natural(second)
+    assert feedback.early is None
+
+
+def test_few_samples_tell_nothing():
+    assert bound(by_group(((3, 0), (0, 3))), "group").early is None
+
+
+@pytest.mark.parametrize("arguments", [{"policy": "recall"}, {"anneal": 4}, {"strength": 0.0}])
+def test_what_leaves_the_first_epoch_alone_is_not_early(arguments):
+    feedback = bound(by_group(), "group", **arguments)
+    assert feedback.early is None
 
 
 def test_balanced_data_are_left_as_they_are():
@@ -259,7 +281,6 @@ def test_cells_that_training_does_not_have_move_no_other():
     assert torch.equal(small.shares, whole.shares)
     names_only = bound(by_class((90, 10, 20)), when="always", anneal=1).apply(report(FAIR))
     assert [str(action).split(":")[0] for action in names_only] == [
-        "on from the start (always)",
         "positive",
         "negative",
         "2",
@@ -307,8 +328,8 @@ def test_of_many_shares_the_largest_changes_are_told():
     names = tuple(f"class {index}" for index in range(30))
     counts = (torch.eye(30, dtype=torch.int64) * 100)[None]
     actions = bound(sampler, when="always", anneal=1).apply(BiasReport(0, 0, counts, names))
-    assert len(actions) == 14
-    assert str(actions[1]).startswith("class 0: share of draws 0.002 -> 0.033")
+    assert len(actions) == 13
+    assert str(actions[0]).startswith("class 0: share of draws 0.002 -> 0.033")
     assert str(actions[-1]) == "18 other shares of draws changed less"
 
 
@@ -430,6 +451,7 @@ def test_a_new_module_starts_anew():
     assert natural(sampler)
     del module, other
     gc.collect()
+    feedback.bind_sampler(sampler)
     assert feedback.apply(report()) != ()
 
 
@@ -513,7 +535,7 @@ def test_groups_are_needed_for_groups():
     feedback = bound(by_group(), "group", "recall")
     with pytest.raises(ValueError, match="by='group' needs groups in the report, got none"):
         feedback.apply(report())
-    assert bound(by_group(), "group").apply(report())[1].text.startswith("0, positive: share of draws 0.020 -> 0.250")
+    assert bound(by_group(MIXED), "group").apply(report())[0].text.startswith("0, positive: share of draws 0.100 -> ")
 
 
 @pytest.mark.parametrize(
