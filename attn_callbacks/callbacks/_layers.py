@@ -8,12 +8,7 @@ from torch import Tensor
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.functional import stratified_rows
 
-__all__ = ["call_name", "drawn_rows", "is_generation_step", "known_tokens", "maps_per_sample", "samples_of"]
-
-
-def call_name(call: AttentionCall) -> str:
-    """Name of the module; a module called again in the same forward gets its count added."""
-    return call.name if call.index == 0 else f"{call.name}#{call.index}"
+__all__ = ["drawn_rows", "is_generation_step", "known_tokens", "maps_per_sample", "samples_of"]
 
 
 def is_generation_step(call: AttentionCall) -> bool:

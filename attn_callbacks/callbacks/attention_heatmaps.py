@@ -16,12 +16,12 @@ from torch import Tensor
 from attn_callbacks._checks import at_least, name_list
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._host import to_host
-from attn_callbacks.callbacks._layers import call_name, known_tokens, maps_per_sample
+from attn_callbacks.callbacks._layers import known_tokens, maps_per_sample
 from attn_callbacks.callbacks._loggers import log_point
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._samples import Sample, patch_grid, read_samples
 from attn_callbacks.callbacks._watch import QuietRecorder
-from attn_callbacks.capture import AttentionCall
+from attn_callbacks.capture import AttentionCall, call_name
 from attn_callbacks.render import Picture, attention_heads, overlay
 
 if TYPE_CHECKING:

@@ -26,12 +26,12 @@ from attn_callbacks.callbacks._head_table import (
     layer_scalars,
     statistic_means,
 )
-from attn_callbacks.callbacks._layers import call_name, drawn_rows, known_tokens, samples_of
+from attn_callbacks.callbacks._layers import drawn_rows, known_tokens, samples_of
 from attn_callbacks.callbacks._loggers import log_point, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._steps import tap_step
 from attn_callbacks.callbacks._watch import QuietRecorder
-from attn_callbacks.capture import AttentionCall, exact_head_statistics, sampled_head_statistics
+from attn_callbacks.capture import AttentionCall, call_name, exact_head_statistics, sampled_head_statistics
 from attn_callbacks.functional import STATISTICS
 from attn_callbacks.metrics import HeadImportanceResult, HeadStatisticsResult
 from attn_callbacks.render import Picture, layer_head_grid

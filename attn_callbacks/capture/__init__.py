@@ -5,16 +5,22 @@ from __future__ import annotations
 from attn_callbacks.capture.answers import CallSummary, RowStatistic
 from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.exact.head_statistics import exact_head_statistics
-from attn_callbacks.capture.recorder import AttentionNotFoundError, AttentionRecorder, record
+from attn_callbacks.capture.intervention import HeadIntervention, gate_heads
+from attn_callbacks.capture.naming import call_name
+from attn_callbacks.capture.recorder import AttentionRecorder, record
 from attn_callbacks.capture.sampled import sampled_head_statistics
+from attn_callbacks.capture.selection import AttentionNotFoundError
 
 __all__ = [
     "AttentionCall",
     "AttentionNotFoundError",
     "AttentionRecorder",
     "CallSummary",
+    "HeadIntervention",
     "RowStatistic",
+    "call_name",
     "exact_head_statistics",
+    "gate_heads",
     "record",
     "sampled_head_statistics",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,9 @@ _KEPT = 4  # softmax results that may wait for their product; a model uses one r
 class _Softmax:
     scores: Tensor | None  # None once some keys were cut off: then only the weights are known
 
+    def source(self, weights: Tensor) -> Tensor:
+        return weights if self.scores is None else self.scores
+
 
 class SoftmaxWatch:
     """Follow the results of softmax until a product with values shows that they were attention weights.
@@ -33,10 +36,11 @@ class SoftmaxWatch:
     second tensor of the same batch that knows nothing of the queries, makes it attention.
 
     Args:
-        emit: Receives each call, and the weights that the model multiplied with its values.
+        emit: Receives each call, and the weights that the model multiplied with its values; what it returns takes the
+            place of the call's output.
     """
 
-    def __init__(self, emit: Callable[[AttentionCall, Tensor], None]) -> None:
+    def __init__(self, emit: Callable[[AttentionCall, Tensor], Tensor | None]) -> None:
         self._emit = emit
         self._waiting: list[tuple[Tensor, _Softmax]] = []
 
@@ -54,14 +58,22 @@ class SoftmaxWatch:
 
     def used(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, modules: Iterable[nn.Module]
-    ) -> None:
-        """See what a function did with the results that wait, inside ``modules`` (innermost first)."""
+    ) -> Any:
+        """See what a function did with the results that wait, inside ``modules``; return what it shall have returned.
+
+        Args:
+            func: The function.
+            args: Its arguments.
+            kwargs: Its named arguments.
+            output: What it returned.
+            modules: The executing modules, innermost first.
+        """
         operands = [operand for operand in (*args, *kwargs.values()) if isinstance(operand, Tensor)]
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
             operands = list(args[1])
         position, softmax = self._find(operands)
         if softmax is None or not isinstance(output, Tensor):
-            return
+            return output
         weights = operands[position]
         if func is torch.einsum:
             attends = isinstance(args[0], str) and _einsum_attends(args[0], position)
@@ -70,13 +82,14 @@ class SoftmaxWatch:
         if attends:
             self.forget(weights)
             # the product, unless its axes may come in another order: weights may take much more memory to hold
-            used = output if func in _PRODUCTS and output.shape[:-1] == weights.shape[:-1] else weights
-            if softmax.scores is None:
-                self._emit(AttentionCall(name="", recorded=_by_head(weights, modules), output=used), weights)
-            else:
-                self._emit(AttentionCall(name="", scores=_by_head(softmax.scores, modules), output=used), weights)
+            keeps_axes = func in _PRODUCTS and output.shape[:-1] == weights.shape[:-1]
+            used = output if keeps_axes else weights
+            changed = self._emit(_call(softmax, _by_head(softmax.source(weights), modules), used), weights)
+            if changed is not None:
+                return changed if keeps_axes else func(*_replaced(args, weights, changed), **kwargs)
         elif output is not weights:
             self._follow(func, weights, softmax, output)
+        return output
 
     def forget(self, weights: Tensor) -> None:
         """Drop the softmax that ``weights`` came from, also where a dropout or a view of it waits."""
@@ -99,6 +112,21 @@ class SoftmaxWatch:
                 if operand is weights:
                     return position, softmax
         return -1, None
+
+
+def _call(softmax: _Softmax, source: Tensor, output: Tensor) -> AttentionCall:
+    if softmax.scores is None:
+        return AttentionCall(name="", recorded=source, output=output)
+    return AttentionCall(name="", scores=source, output=output)
+
+
+def _replaced(args: tuple[Any, ...], old: Tensor, new: Tensor) -> Iterator[Any]:
+    """Put another tensor in the place of one argument, also inside the list of `torch.einsum`."""
+    for argument in args:
+        if isinstance(argument, (list, tuple)):
+            yield [new if entry is old else entry for entry in argument]
+        else:
+            yield new if argument is old else argument
 
 
 def share_memory(tensor: Tensor, other: Tensor) -> bool:

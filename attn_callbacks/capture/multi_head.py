@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,18 +21,29 @@ __all__ = ["inside_multi_head"]
 
 @dataclass
 class _Listener:
-    emit: Callable[[AttentionCall], None]
+    emit: Callable[[AttentionCall], Tensor | None]
     is_cross: bool
     heads: int
+    changes: bool
+    scores: Tensor | None = None  # of the softmax whose product with the values is still to come
 
-    def sdpa(self, output: Tensor, *args: Any, **kwargs: Any) -> None:
+    def sdpa(self, output: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         call = sdpa_call(output, *args, **kwargs)
-        if call is not None:
-            self.emit(replace(call, is_cross=self.is_cross))
+        return None if call is None else self.emit(replace(call, is_cross=self.is_cross))
 
     def softmax(self, weights: Tensor, scores: Tensor, *_: Any, **__: Any) -> None:
+        if self.changes:  # what a head puts out exists after the product only
+            self.scores = scores
+        else:
+            self.emit(self._call(scores, weights))
+
+    def bmm(self, output: Tensor, *_: Any, **__: Any) -> Tensor | None:
+        scores, self.scores = self.scores, None
+        return None if scores is None else self.emit(self._call(scores, output))
+
+    def _call(self, scores: Tensor, output: Tensor) -> AttentionCall:
         by_head = scores.reshape(-1, self.heads, *scores.shape[-2:])  # from (batch * heads, queries, keys)
-        self.emit(AttentionCall(name="", is_cross=self.is_cross, scores=by_head, output=weights))
+        return AttentionCall(name="", is_cross=self.is_cross, scores=by_head, output=output)
 
 
 class _Listening(threading.local):
@@ -44,7 +56,8 @@ _listening = _Listening()
 
 @contextmanager
 def inside_multi_head(
-    emit: Callable[[AttentionCall], None],
+    emit: Callable[[AttentionCall], Tensor | None],
+    changes: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -56,10 +69,13 @@ def inside_multi_head(
     """While ``F.multi_head_attention_forward`` runs with these arguments, pass its attention to ``emit``.
 
     A function mode is off inside its own handler. What is called in there is seen by its name instead: for the length
-    of the call the module globals are replaced, and other threads pass through the replacements unheard.
+    of the call the module globals are replaced, and other threads pass through the replacements unheard. With
+    ``changes``, what ``emit`` returns takes the place of what the heads put out.
     """
-    listener = _Listener(emit, is_cross=not _same(query, key), heads=num_heads)
-    with _SDPA.held(), _SOFTMAX.held():
+    listener = _Listener(emit, is_cross=not _same(query, key), heads=num_heads, changes=changes)
+    with ExitStack() as stack:
+        for site in (_SDPA, _SOFTMAX, _BMM) if changes else (_SDPA, _SOFTMAX):
+            stack.enter_context(site.held())
         _listening.listeners.append(listener)
         try:
             yield
@@ -72,7 +88,8 @@ def _announced(site: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def announced(*args: Any, **kwargs: Any) -> Any:
             output = function(*args, **kwargs)
             for listener in _listening.listeners:
-                getattr(listener, site)(output, *args, **kwargs)
+                changed = getattr(listener, site)(output, *args, **kwargs)
+                output = output if changed is None else changed
             return output
 
         return announced
@@ -82,6 +99,7 @@ def _announced(site: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 _SDPA = Shared(lambda: replaced(F, "scaled_dot_product_attention", _announced("sdpa")))
 _SOFTMAX = Shared(lambda: replaced(F, "softmax", _announced("softmax")))
+_BMM = Shared(lambda: replaced(torch, "bmm", _announced("bmm")))
 
 
 def _same(query: Tensor, key: Tensor) -> bool:

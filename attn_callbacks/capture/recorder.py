@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -11,22 +10,19 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks.capture import listening
 from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.compiled import run_eagerly
 from attn_callbacks.capture.scope import ModuleScope
+from attn_callbacks.capture.selection import check_found, checked_layers, checked_model, is_selected
 from attn_callbacks.capture.sites import AttentionSites
 
-__all__ = ["AttentionNotFoundError", "AttentionRecorder", "record"]
-
-
-class AttentionNotFoundError(RuntimeError):
-    """A model ran under a recorder and no attention was seen."""
+__all__ = ["AttentionRecorder", "record"]
 
 
 class _Active(threading.local):
     def __init__(self) -> None:
         self.recorders: list[AttentionRecorder] = []
-        self.paused = False
 
 
 _active = _Active()
@@ -75,12 +71,7 @@ class AttentionRecorder:
         layers: Sequence[str] | None = None,
         on_call: Callable[[AttentionCall], None] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-        if isinstance(layers, str):
-            raise TypeError(f"`layers` must be a sequence of names, got the string {layers!r}. Write [{layers!r}].")
-        self.model = model
-        self.layers = None if layers is None else tuple(layers)
+        self.model, self.layers = checked_model(model), checked_layers(layers)
         self.on_call = on_call
         self._kept: list[tuple[int, AttentionCall]] = []
         self._seen: dict[str, None] = {}  # an ordered set
@@ -103,7 +94,7 @@ class AttentionRecorder:
             raise RuntimeError("`AttentionRecorder` is already recording; make a second one to nest.")
         self._kept, self._seen = [], {}
         self._scope = ModuleScope(self.model, self._deliver)
-        self._sites = AttentionSites(self._scope, self._add, lambda: _active.paused)
+        self._sites = AttentionSites(self._scope, self._add, listening.is_paused)
         with ExitStack() as stack:
             stack.enter_context(run_eagerly(self.model))
             stack.enter_context(self._scope.open())
@@ -122,12 +113,12 @@ class AttentionRecorder:
         if stack is not None:
             stack.close()
         if kind is None and scope is not None and scope.entered:
-            self._check_found()
+            check_found(self.model, self._seen, self.layers)
 
     def _add(self, call: AttentionCall, weights: Tensor | None = None) -> None:
         # inside backward, activation checkpointing runs the forward a second time: the first was counted
-        in_backward = torch._C._current_graph_task_id() != -1
-        if self._scope is not None and not in_backward and not _active.paused:
+        is_counted = listening.is_in_backward()
+        if self._scope is not None and not is_counted and not listening.is_paused():
             self._scope.add(call if torch.is_grad_enabled() else call.detach(), weights)
 
     def _record(self, name: str, weights: Tensor) -> None:
@@ -138,31 +129,13 @@ class AttentionRecorder:
 
     def _deliver(self, order: int, call: AttentionCall) -> None:
         self._seen.setdefault(call.name)
-        if self.layers is not None and not any(_selects(pattern, call.name) for pattern in self.layers):
+        if not is_selected(call.name, self.layers):
             return
         if self.on_call is None:
             self._kept.append((order, call))
             return
-        _active.paused = True  # what the receiver computes is not the model's, for no recorder of this thread
-        try:
-            with torch._C.DisableTorchFunction():  # nor has it to pass through the modes that listen
-                self.on_call(call)
-        finally:
-            _active.paused = False
-
-    def _check_found(self) -> None:
-        if not self._seen:
-            raise AttentionNotFoundError(
-                f"No attention was seen in the forward of `{type(self.model).__name__}`. Looked for: "
-                "scaled_dot_product_attention, nn.MultiheadAttention and nn.Transformer layers, flex_attention, and a "
-                "softmax over the last axis followed by a product with values. Choose a backend that goes through one "
-                "of them (Hugging Face: attn_implementation='sdpa'), or call `attn_callbacks.record(name, weights)` "
-                "where the model computes its weights."
-            )
-        for pattern in self.layers or ():
-            if not any(_selects(pattern, name) for name in self._seen):
-                known = ", ".join(map(repr, self._seen))
-                raise ValueError(f"`layers` names no attention module: {pattern!r}. Known: {known}.")
+        with listening.paused():
+            self.on_call(call)
 
 
 def record(name: str, weights: Tensor) -> None:
@@ -198,7 +171,3 @@ def record(name: str, weights: Tensor) -> None:
         raise ValueError(f"`weights` must have axes (batch, heads, queries, keys), got shape {shape}.")
     for recorder in _active.recorders:
         recorder._record(name, weights)
-
-
-def _selects(pattern: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

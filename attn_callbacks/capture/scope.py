@@ -85,6 +85,19 @@ class ModuleScope:
             if frame.name is not None:
                 return
 
+    def named(self, call: AttentionCall) -> AttentionCall | None:
+        """Name a call at once, and count it; ``None`` for another model's. Whether it is a cross may not show yet.
+
+        Args:
+            call: What was seen.
+        """
+        if self._frames and self._frames[-1].is_foreign:
+            return None
+        name = self._name(call)[0]
+        index = self._counts[name]
+        self._counts[name] += 1
+        return replace(call, name=name, index=index)
+
     def add(self, call: AttentionCall, weights: Tensor | None = None) -> None:
         """Name ``call`` after the executing module (a name it already has becomes the last part).
 
@@ -95,14 +108,17 @@ class ModuleScope:
         if self._frames and self._frames[-1].is_foreign:
             return
         self._order += 1
-        frame = next((frame for frame in reversed(self._frames) if frame.name is not None), None)
-        path = "" if frame is None or frame.name is None else frame.name
-        name = ".".join(part for part in (path, call.name) if part) or type(self._root).__name__
+        name, frame = self._name(call)
         pending = _Pending(self._order, replace(call, name=name), weights)
         if frame is None:
             self._deliver_indexed(pending, is_cross=call.is_cross)
         else:
             frame.calls.append(pending)
+
+    def _name(self, call: AttentionCall) -> tuple[str, _Frame | None]:
+        frame = next((frame for frame in reversed(self._frames) if frame.name is not None), None)
+        path = "" if frame is None or frame.name is None else frame.name
+        return ".".join(part for part in (path, call.name) if part) or type(self._root).__name__, frame
 
     def forget(self, weights: Tensor) -> None:
         """Drop the call that was added with ``weights``, if its module has not returned yet."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,15 +32,24 @@ class AttentionSites(TorchFunctionMode):
 
     Args:
         scope: Knows the executing module.
-        emit: Receives each call, not yet named; from a softmax of the model's own, its weights come along.
+        emit: Receives each call, not yet named; from a softmax of the model's own, its weights come along. Returns what
+            the model goes on with in place of the call's output; ``None`` leaves it.
         is_paused: Tells that what runs now is not the model.
+        changes: ``emit`` may return other outputs: the native kernels, which have none, are then left aside.
     """
 
-    def __init__(self, scope: ModuleScope, emit: Callable[..., None], is_paused: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        scope: ModuleScope,
+        emit: Callable[..., Tensor | None],
+        is_paused: Callable[[], bool],
+        changes: bool = False,
+    ) -> None:
         super().__init__()
         self._is_paused = is_paused
         self._scope = scope
-        self._emit: Callable[..., None] = emit
+        self._emit = emit
+        self._changes = changes
         self._softmax = SoftmaxWatch(emit)
         self._padded_length: int | None = None
 
@@ -49,16 +58,18 @@ class AttentionSites(TorchFunctionMode):
         if self._is_paused():
             return func(*args, **kwargs)
         if func is _MULTI_HEAD:
-            with inside_multi_head(self._emit, *args, **kwargs):
+            with inside_multi_head(self._emit, self._changes, *args, **kwargs):
                 return func(*args, **kwargs)
         output = func(*args, **kwargs)
         call = self._read(output, func, args, kwargs)
         if call is not None:
-            self._emit(call)
+            changed = self._emit(call)
+            if changed is not None:
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
         elif func in SOFTMAXES:
             self._softmax.made(output, args, kwargs)
         elif self._softmax.pending:
-            self._softmax.used(func, args, kwargs, output, self._scope.modules())
+            return self._softmax.used(func, args, kwargs, output, self._scope.modules())
         return output
 
     def forget(self, weights: Tensor) -> None:
@@ -68,7 +79,7 @@ class AttentionSites(TorchFunctionMode):
     @contextmanager
     def open(self) -> Iterator[None]:
         """Watch all sites of this thread for the length of a ``with`` block."""
-        with _NATIVE_PATH.held(), self:
+        with nullcontext() if self._changes else _NATIVE_PATH.held(), self:
             _scopes.open.append(self._scope)
             try:
                 yield
