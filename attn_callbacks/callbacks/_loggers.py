@@ -15,7 +15,7 @@ from attn_callbacks.render import Picture
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-__all__ = ["can_log", "log_point", "log_text", "run_folder", "with_epoch"]
+__all__ = ["can_log", "log_numbers", "log_point", "log_text", "run_folder", "with_epoch"]
 
 Drawings = Mapping[str, "Future[Picture]"]
 Write = Callable[[dict[str, Picture]], None]
@@ -81,6 +81,13 @@ def log_point(
 def with_epoch(trainer: Trainer, scalars: Mapping[str, float]) -> dict[str, float]:
     """Add the epoch to numbers, if there are any, as Lightning does to what it logs."""
     return {**scalars, "epoch": float(trainer.current_epoch)} if scalars else {}
+
+
+def log_numbers(trainer: Trainer, scalars: Mapping[str, float]) -> None:
+    """Write the numbers that are known at the current step, without the background. Call it on rank zero."""
+    known = {tag: value for tag, value in scalars.items() if value == value}
+    for logger in _loggers(trainer):
+        logger.log_metrics(with_epoch(trainer, known), step=trainer.global_step)
 
 
 def log_text(trainer: Trainer, tag: str, text: str) -> None:

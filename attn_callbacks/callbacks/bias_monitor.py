@@ -18,6 +18,7 @@ from attn_callbacks.callbacks._bias_loop import BiasLoop, misconfigured
 from attn_callbacks.callbacks._bias_names import MONITORED, feedback_list, is_sharded, monitored
 from attn_callbacks.callbacks._bias_sensor import BiasSensor
 from attn_callbacks.callbacks._guard import Guard
+from attn_callbacks.callbacks._loggers import log_numbers
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.callbacks._writer import BackgroundWriter
@@ -222,7 +223,7 @@ class BiasMonitor(ValidationObserver):
         if trainer.sanity_checking:
             self._sensor.reset()
             return
-        report = None
+        report, was_off = None, self._writer.off
         with self._guarded():
             report = self._sensor.report(trainer, failed=self._guard.off)
             if report is not None:
@@ -230,8 +231,10 @@ class BiasMonitor(ValidationObserver):
             elif not self._guard.off:
                 rank_zero_warn("`BiasMonitor` concludes nothing: no validation batch was counted.")
         self._sensor.reset()  # sums, and batches kept to be run again
-        is_unwritten = report is not None and (self._writer.off or not self._fitting)
-        log_monitored(trainer, module, self._monitored, logger=is_unwritten)
+        # in a fit, Lightning would end the run if it were asked to write them in one validation and not in another
+        log_monitored(trainer, module, self._monitored, logger=report is not None and not self._fitting)
+        if report is not None and self._fitting and was_off and trainer.is_global_zero:
+            log_numbers(trainer, self._monitored)
 
     def _conclude(self, report: BiasReport, trainer: Trainer) -> None:
         broken, note = self._sensor.broken, None

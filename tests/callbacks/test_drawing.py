@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from attn_callbacks import HeadStatistics
+from attn_callbacks import BiasMonitor, HeadStatistics
 from attn_callbacks.callbacks._writer import THREAD_NAME
 from attn_callbacks.functional import STATISTICS
 from tests.callbacks.board import events
@@ -21,6 +21,7 @@ from tests.callbacks.models import (
     csv_logger,
     feeding_monitor,
     fit,
+    pl,
     quiet_trainer,
 )
 from tests.callbacks.test_all import Failing
@@ -91,6 +92,34 @@ def test_a_picture_that_fails_warns_once_and_training_goes_on(
     assert trainer.current_epoch == 3
     assert not list(tmp_path.glob("**/*.png"))
     assert writer_threads() == []
+
+
+def test_pictures_that_fail_in_the_middle_of_a_run_leave_the_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[int] = []
+
+    def at_first(draw: Any) -> Any:
+        def drawing(*values: Any, **options: Any) -> Any:
+            drawn.append(1)
+            return (draw if len(drawn) == 1 else broken)(*values, **options)
+
+        return drawing
+
+    class Waiting(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            for future, _ in monitor._writer._waiting:
+                future.exception()  # waits
+
+    patched(monkeypatch, "BiasMonitor", at_first)
+    monitor = BiasMonitor()
+    logger = csv_logger(tmp_path)
+    with pytest.warns(UserWarning, match="switched off.*no room"):
+        fit(Classifier(), quiet_trainer(tmp_path, [monitor, Waiting()], logger=logger, max_epochs=4))
+    logger.save()
+    lines = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("bias/accuracy")
+    assert len([line for line in lines[1:] if line.split(",")[column]]) == 4
 
 
 def test_a_picture_that_fails_takes_nothing_else_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
