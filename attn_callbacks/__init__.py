@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attn_callbacks.batch import BatchSchema
     from attn_callbacks.bias import BiasReport
-    from attn_callbacks.callbacks import AttentionHeatmaps, BiasMonitor, HeadStatistics
+    from attn_callbacks.callbacks import (
+        AttentionHeatmaps,
+        AttentionPaths,
+        BiasMonitor,
+        ErrorAnalysis,
+        HeadRoles,
+        HeadStatistics,
+        TrainingHealth,
+    )
     from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, AttentionRecorder, record
     from attn_callbacks.feedback import (
         AdversarialTraining,
@@ -39,6 +47,7 @@ _HOMES = {
     "AttentionGuidance": "feedback",
     "AttentionHeatmaps": "callbacks",
     "AttentionNotFoundError": "capture",
+    "AttentionPaths": "callbacks",
     "AttentionRecorder": "capture",
     "BatchSchema": "batch",
     "BiasMonitor": "callbacks",
@@ -46,9 +55,11 @@ _HOMES = {
     "ClassReweighting": "feedback",
     "DynamicDistributedSampler": "feedback",
     "EnsembleFeedback": "feedback",
+    "ErrorAnalysis": "callbacks",
     "FeatureRegularization": "feedback",
     "Feedback": "feedback",
     "GroupReweighting": "feedback",
+    "HeadRoles": "callbacks",
     "HeadStatistics": "callbacks",
     "InputGradientPenalty": "feedback",
     "LossBalancing": "feedback",
@@ -57,6 +68,7 @@ _HOMES = {
     "RandomRationaleControl": "feedback",
     "Resampling": "feedback",
     "StaticInverseFrequency": "feedback",
+    "TrainingHealth": "callbacks",
     "record": "capture",
 }
 
@@ -66,6 +78,7 @@ __all__ = [
     "AttentionGuidance",
     "AttentionHeatmaps",
     "AttentionNotFoundError",
+    "AttentionPaths",
     "AttentionRecorder",
     "BatchSchema",
     "BiasMonitor",
@@ -73,9 +86,11 @@ __all__ = [
     "ClassReweighting",
     "DynamicDistributedSampler",
     "EnsembleFeedback",
+    "ErrorAnalysis",
     "FeatureRegularization",
     "Feedback",
     "GroupReweighting",
+    "HeadRoles",
     "HeadStatistics",
     "InputGradientPenalty",
     "LossBalancing",
@@ -84,6 +99,7 @@ __all__ = [
     "RandomRationaleControl",
     "Resampling",
     "StaticInverseFrequency",
+    "TrainingHealth",
     "record",
 ]
 

@@ -43,11 +43,11 @@ LIBRARIES: dict[str, set[str]] = {
     "_lightning": {"lightning", "pytorch_lightning", "lightning_utilities"},
     "batch": {"torch"},
     "capture": {"torch", "transformers"},  # transformers inside functions only; `LOADS` holds it to that
-    "functional": {"torch"},
+    "functional": {"scipy", "torch"},  # scipy inside functions only; `LOADS` holds it to that
     "render": {"PIL", "numpy"},
     "store": {"numpy"},
     "metrics": {"torch", "torchmetrics"},
-    "analysis": {"numpy", "torch"},
+    "analysis": {"numpy", "scipy", "torch"},  # the same
     "bias": {"numpy", "torch", "torchmetrics"},
     "feedback": {"numpy", "torch"},
     "tb_plugin": {"numpy", "tensorboard", "werkzeug"},
@@ -63,10 +63,10 @@ LOADS: dict[str, set[str]] = {
     "attn_callbacks.store": {"tensorboard", "torch", "torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.tb_plugin": {"torch", "torchmetrics", *LIGHTNING},
     "losses": {"scipy", "torchjd", "torchmetrics", "transformers", *LIGHTNING},
-    "attn_callbacks.functional": {"torchmetrics", "transformers", *LIGHTNING},
+    "attn_callbacks.functional": {"scipy", "torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.capture": {"torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.batch": {"torchmetrics", "transformers", *LIGHTNING},
-    "attn_callbacks.analysis": {"torchmetrics", "transformers", *LIGHTNING},
+    "attn_callbacks.analysis": {"scipy", "torchmetrics", "transformers", *LIGHTNING},
     "attn_callbacks.metrics": {*LIGHTNING},
     "attn_callbacks.bias": {*LIGHTNING},
     "attn_callbacks.feedback": {*LIGHTNING},

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-__all__ = ["same_draws", "undisturbed"]
+__all__ = ["drawing_devices", "same_draws", "undisturbed"]
 
 
 @contextmanager
@@ -32,7 +32,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
+def drawing_devices(model: nn.Module) -> list[torch.device]:
+    """Return the devices, other than the CPU, on which a model may draw numbers."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return sorted(devices, key=str)
+
+
 def same_draws(model: nn.Module) -> AbstractContextManager[None]:
     """Give the global generators back as they were: blocks that follow one another draw the same numbers."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    return torch.random.fork_rng(sorted(devices, key=str))
+    return torch.random.fork_rng(drawing_devices(model))

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from attn_callbacks.callbacks.attention_heatmaps import AttentionHeatmaps
+from attn_callbacks.callbacks.attention_paths import AttentionPaths
 from attn_callbacks.callbacks.bias_monitor import BiasMonitor
+from attn_callbacks.callbacks.error_analysis import ErrorAnalysis
+from attn_callbacks.callbacks.head_roles import HeadRoles
 from attn_callbacks.callbacks.head_statistics import HeadStatistics
+from attn_callbacks.callbacks.training_health import TrainingHealth
 
-__all__ = ["AttentionHeatmaps", "BiasMonitor", "HeadStatistics"]
+__all__ = [
+    "AttentionHeatmaps",
+    "AttentionPaths",
+    "BiasMonitor",
+    "ErrorAnalysis",
+    "HeadRoles",
+    "HeadStatistics",
+    "TrainingHealth",
+]

@@ -7,9 +7,12 @@ from attn_callbacks.metrics.calibration import CalibrationResult, GroupCalibrati
 from attn_callbacks.metrics.candidates import Associations, associations
 from attn_callbacks.metrics.class_attention import ClassAttention, ClassAttentionResult, class_divergence
 from attn_callbacks.metrics.confusion import GroupConfusion
+from attn_callbacks.metrics.head_distance import HeadDistance, HeadDistanceResult
 from attn_callbacks.metrics.importance import HeadImportance, HeadImportanceResult
 from attn_callbacks.metrics.mass import ClassMass, ClassMassResult
+from attn_callbacks.metrics.outcome_statistics import OutcomeStatistics, OutcomeStatisticsResult
 from attn_callbacks.metrics.reliance import RelianceCounts
+from attn_callbacks.metrics.roles import HeadRolesMetric, HeadRolesResult
 from attn_callbacks.metrics.statistics import HeadStatisticsMetric, HeadStatisticsResult
 
 __all__ = [
@@ -21,10 +24,16 @@ __all__ = [
     "ClassMassResult",
     "GroupCalibration",
     "GroupConfusion",
+    "HeadDistance",
+    "HeadDistanceResult",
     "HeadImportance",
     "HeadImportanceResult",
+    "HeadRolesMetric",
+    "HeadRolesResult",
     "HeadStatisticsMetric",
     "HeadStatisticsResult",
+    "OutcomeStatistics",
+    "OutcomeStatisticsResult",
     "RelianceCounts",
     "TokenAssociation",
     "TokenSums",

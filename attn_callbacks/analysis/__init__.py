@@ -1,0 +1,26 @@
+"""Experiments on a model: which heads matter, which do the same, which tokens decide. Frozen results."""
+
+from __future__ import annotations
+
+from attn_callbacks.analysis.attention_gradient import attention_gradients
+from attn_callbacks.analysis.clusters import HeadClusters, RedundantPair, cluster_heads
+from attn_callbacks.analysis.feature_importance import FeatureImportance, feature_importance
+from attn_callbacks.analysis.head_distances import head_distances
+from attn_callbacks.analysis.partitions import adjusted_rand_index, classical_layout, silhouettes
+from attn_callbacks.analysis.pattern_probe import AttentionPatternProbe, PatternProbeResult, ProbedHead
+
+__all__ = [
+    "AttentionPatternProbe",
+    "FeatureImportance",
+    "HeadClusters",
+    "PatternProbeResult",
+    "ProbedHead",
+    "RedundantPair",
+    "adjusted_rand_index",
+    "attention_gradients",
+    "classical_layout",
+    "cluster_heads",
+    "feature_importance",
+    "head_distances",
+    "silhouettes",
+]
