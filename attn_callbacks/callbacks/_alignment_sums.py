@@ -1,0 +1,74 @@
+"""Alignment of a run's heads, added up by the name of the layer; over processes in one exchange."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch import distributed as dist
+
+from attn_callbacks.callbacks._host import to_host
+from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES
+from attn_callbacks.metrics.alignment import MOMENTS, AlignmentMetric, AlignmentResult, alignment_result
+
+__all__ = ["AlignmentSums"]
+
+
+class AlignmentSums:
+    """Add up alignments as they come, and conclude after each validation.
+
+    Args:
+        method: How links are read off.
+        processes: How many processes the run has.
+    """
+
+    def __init__(self, method: str = "argmax", processes: int = 1) -> None:
+        # a run on one device may live in a process group of somebody else, who would not answer
+        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
+        self._method = method
+        self._layers: dict[str, AlignmentMetric] = {}
+
+    def add(self, layer: str, weights: Tensor, **gold: Tensor | None) -> None:
+        """Add a batch of a layer, as :class:`AlignmentMetric` takes it."""
+        if layer not in self._layers:
+            self._layers[layer] = AlignmentMetric(1, weights.shape[1], self._method).to(weights.device)
+        self._layers[layer].update(0, weights, **gold)
+
+    def conclude(self, device: torch.device, *, failed: bool) -> AlignmentResult | None:
+        """Return what all processes measured together, and start anew. Every process must call it.
+
+        Args:
+            device: Where this process computes.
+            failed: This process could not measure all of its data.
+
+        Returns:
+            The same on all processes, on the CPU; ``None`` if none saw a layer.
+
+        Raises:
+            RuntimeError: On all processes, if one of them failed: half a result would be taken for a whole one.
+        """
+        own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
+        for metric in self._layers.values():
+            metric.reset()
+        shares = self._from_all_processes((failed, dict(zip(self._layers, own, strict=True))))
+        if any(failed for failed, _ in shares):
+            raise RuntimeError("A process could not measure all of its data.")
+        layers = dict.fromkeys(layer for _, held in shares for layer in held)
+        if not layers:
+            return None
+        heads = max(len(moments) for _, held in shares for moments in held.values())
+        total = torch.zeros(len(layers), heads, len(ALIGNMENT_QUANTITIES), MOMENTS, dtype=torch.float64)
+        for row, layer in zip(total, layers, strict=True):
+            for _, held in shares:
+                if layer in held:
+                    row += F.pad(held[layer], (0, 0, 0, 0, 0, heads - len(held[layer])))
+        return alignment_result(total, tuple(layers))
+
+    def _from_all_processes(self, share: Any) -> list[Any]:
+        if not self._is_distributed:
+            return [share]
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, share)
+        return shares
