@@ -36,7 +36,7 @@ def run(setting: Setting) -> Iterator[Block]:
     model = Model(setting).eval()
     layers = len(model.projections())
     heads = layers * model.heads
-    ids = torch.randint(1000, setting.pick((4, 64), (2, 8)), device=setting.device)
+    ids = torch.randint(1000, setting.pick((8, 64), (2, 8)), device=setting.device)
     shape = f"{layers} layers of {model.heads} heads, width {model.width}, {ids.shape[0]} x {ids.shape[1]} tokens"
     arms: dict[str, Callable[[], object]] = {
         NAIVE: lambda: without(model, ids, 1),

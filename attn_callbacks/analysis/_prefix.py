@@ -88,11 +88,9 @@ class PrefixRecorder:
 
     def _prefix(self) -> Prefix:
         # what the attending module itself has called stays: a dropout between softmax and product tells it apart
-        *around, innermost = self._open
-        taken = {entry for each in around for entry in each.finished}
-        run = [*around[1:], *_below(innermost)]
+        taken = {entry for each in self._open[:-1] for entry in each.finished}
         calls: dict[nn.Module, list[_Entry | None]] = {entry.module: [] for entry in taken}
-        for entry in sorted([*taken, *run], key=lambda entry: entry.start):
+        for entry in sorted([*taken, *self._open[1:]], key=lambda entry: entry.start):
             if entry.module in calls:
                 calls[entry.module].append(entry if entry in taken else None)
         for entry in taken:
@@ -127,12 +125,7 @@ class PrefixRecorder:
         for inner in entry.finished:
             if not inner.is_kept:
                 inner.output, inner.versions = None, ()
-
-
-def _below(entry: _Entry) -> Iterator[_Entry]:
-    yield entry
-    for inner in entry.finished:
-        yield from _below(inner)
+        entry.finished = []
 
 
 def _replay(calls: Iterator[_Entry | None]) -> Callable[[Forward], Forward]:

@@ -141,6 +141,27 @@ def test_outputs_that_change_in_place_are_not_used() -> None:
     compare(InPlace(), reused=False)
 
 
+class SometimesInPlace(InPlace):
+    """Passes the check on its first batch."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if len(tokens) > 2:
+            return super().forward(tokens)
+        tokens = self.embed(tokens)
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return tokens
+
+
+def test_outputs_that_change_in_place_later_on_are_not_used() -> None:
+    model = SometimesInPlace()
+    found = ablate_heads(model, [DATA[:2], DATA], squared)
+    assert found.reused_prefix
+    first, second = (ablate_heads(model, [data], squared) for data in (DATA[:2], DATA))
+    assert not second.reused_prefix
+    torch.testing.assert_close(found.change, (2 * first.change + 4 * second.change) / 6)
+
+
 class Remembering(nn.Module):
     """Hands what its first block computed to its last one behind the back of whoever watches outputs."""
 
