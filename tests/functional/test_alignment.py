@@ -122,6 +122,12 @@ def test_causal_self_attention_over_source_and_target() -> None:
     assert torch.equal(links[:, :, 2:, :2].long().argmax(dim=-1), weights[:, :, 2:, :2].argmax(dim=-1))
 
 
+def test_links_to_padding_cover_nothing() -> None:
+    links = torch.ones(1, 1, 2, 3, dtype=torch.bool)
+    assert alignment_coverage(links, torch.tensor([[True, True, False]])).item() == 1
+    assert alignment_coverage(links, torch.tensor([[False] * 3])).isnan().all()
+
+
 def test_monotonicity_passes_over_rows_without_a_link() -> None:
     links = marked((0, 1), (2, 0), (3, 0), (5, 2), shape=(6, 3))
     assert alignment_monotonicity(links[None, None]).item() == pytest.approx(2 / 3)  # 1 -> 0 back, 0 -> 0, 0 -> 2

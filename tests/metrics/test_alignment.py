@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from attn_callbacks import AttentionRecorder
 from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES
 from attn_callbacks.metrics.alignment import AlignmentMetric, alignment_result
 from tests.functional import alignment_reference as reference
@@ -147,3 +151,49 @@ def test_refusals() -> None:
         AlignmentMetric(1, 1, "best")
     with pytest.raises(ValueError, match="`heads` must be at least 1"):
         AlignmentMetric(1, 0)
+
+
+REACTIONS = {
+    "CC(=O)Cl.NCC>>CC(=O)NCC": [0, 1, 2, 4, 5, 6],
+    "CCCBr.OCC>>CCCOCC": [0, 1, 2, 4, 5, 6],
+    "CC(C)(C)OC(=O)NCCO>>NCCO": [7, 8, 9, 10],
+    "CC(=O)OCC.NC>>CC(=O)NC": [0, 1, 2, 6, 7],
+}
+"""Reactions, and the atom of the educts that each atom of the product is."""
+
+
+def reaction_parts(reaction: str, origins: list[int]) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, which of them are atoms of the product and of the educts, and gold links."""
+    tokens = ["[CLS]", *re.findall(r">>|Br|Cl|\S", reaction), "[SEP]"]
+    atoms = [place for place, token in enumerate(tokens) if token.isalpha()]
+    educts = [place for place in atoms if place < tokens.index(">>")]
+    product = [place for place in atoms if place > tokens.index(">>")]
+    rows, columns = torch.zeros(2, 1, len(tokens), dtype=torch.bool)
+    rows[0, product] = columns[0, educts] = True
+    sure = torch.zeros(1, len(tokens), len(tokens), dtype=torch.bool)
+    sure[0, product, [educts[origin] for origin in origins]] = True
+    return tokens, rows, columns, sure
+
+
+def test_a_pretrained_model_of_reactions_knows_where_atoms_came_from() -> None:
+    """ALBERT learned reactions as text; one of its heads maps atoms (Schwaller et al., Science Advances, 2021)."""
+    transformers = pytest.importorskip("transformers")
+    try:
+        folder = distribution("rxnmapper").locate_file("rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k")
+    except PackageNotFoundError:
+        pytest.skip("the package `rxnmapper`, which carries the model, is not installed")
+    vocabulary = (Path(str(folder)) / "vocab.txt").read_text("utf-8").splitlines()
+    model = transformers.AlbertForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
+    metric = AlignmentMetric(12, 8)
+    for reaction, origins in REACTIONS.items():
+        tokens, rows, columns, sure = reaction_parts(reaction, origins)
+        with torch.no_grad(), AttentionRecorder(model) as recorder:
+            model(input_ids=torch.tensor([[vocabulary.index(token) for token in tokens]]))
+        for layer, call in enumerate(recorder.calls):
+            metric.update(layer, call.weights(), sure, query_valid=rows, key_valid=columns)
+    result = metric.compute()
+    error = result.quantity("error_rate")
+    assert result.best_head()[1] == 5
+    assert error[2:7, 5].max() < 0.05  # measured: 0
+    assert error.median() > 0.7  # measured: 0.90
+    assert error[2:7, 5].max() + 0.2 < error[:, [0, 1, 2, 3, 4, 6, 7]].min()
