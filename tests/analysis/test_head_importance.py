@@ -59,6 +59,14 @@ def test_batches_and_their_order_do_not_matter() -> None:
             torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-4, atol=1e-7)
 
 
+def test_samples_that_do_not_count() -> None:
+    numbers = torch.tensor([[[1.0, 1.0]], [[9.0, 9.0]], [[3.0, 1.0]]])
+    loss = game_loss(lambda outputs: outputs.sum(dim=(1, 2)).where(torch.tensor([True, False, True]), torch.nan))
+    found = head_importance(Game(), [numbers], loss)
+    assert found.importance.tolist() == [[2.0, 1.0]]
+    assert (found.samples, found.loss) == (2, 3.0)
+
+
 def test_a_second_call_begins_anew() -> None:
     model, data = Stack(SelfAttention()), torch.randn(4, 5, 8)
     assert torch.equal(head_importance(model, [data], squared).signed, head_importance(model, [data], squared).signed)

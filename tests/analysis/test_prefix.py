@@ -125,6 +125,25 @@ def test_modules_that_attend_several_times() -> None:
     compare(model, reused=True)
 
 
+class Recursive(nn.Module):
+    """Runs itself before it attends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(8), SelfAttention()
+
+    def forward(self, tokens: Tensor, depth: int = 2) -> Tensor:
+        if depth:
+            tokens = self(tokens, depth - 1)
+        return tokens + self.attention(self.norm(tokens))
+
+
+def test_modules_that_run_themselves() -> None:
+    model = nn.Sequential(Block(), Recursive())
+    assert [name for name, head in whole_runs(model) if head == 0][1:] == [f"1.attention{n}" for n in ("", "#1", "#2")]
+    compare(model, reused=True)
+
+
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
