@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from attn_callbacks.batch import BatchSchema
     from attn_callbacks.bias import BiasReport
     from attn_callbacks.callbacks import (
+        AlignmentMonitor,
         AttentionHeatmaps,
         AttentionPaths,
         BiasMonitor,
         ErrorAnalysis,
+        HeadImportance,
         HeadRoles,
         HeadStatistics,
         TrainingHealth,
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdversarialTraining": "feedback",
+    "AlignmentMonitor": "callbacks",
     "AttentionCall": "capture",
     "AttentionGuidance": "feedback",
     "AttentionHeatmaps": "callbacks",
@@ -59,6 +62,7 @@ _HOMES = {
     "FeatureRegularization": "feedback",
     "Feedback": "feedback",
     "GroupReweighting": "feedback",
+    "HeadImportance": "callbacks",
     "HeadRoles": "callbacks",
     "HeadStatistics": "callbacks",
     "InputGradientPenalty": "feedback",
@@ -74,6 +78,7 @@ _HOMES = {
 
 __all__ = [
     "AdversarialTraining",
+    "AlignmentMonitor",
     "AttentionCall",
     "AttentionGuidance",
     "AttentionHeatmaps",
@@ -90,6 +95,7 @@ __all__ = [
     "FeatureRegularization",
     "Feedback",
     "GroupReweighting",
+    "HeadImportance",
     "HeadRoles",
     "HeadStatistics",
     "InputGradientPenalty",

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from attn_callbacks.analysis.ablation import HeadAblation, ablate_heads
 from attn_callbacks.analysis.attention_gradient import attention_gradients
 from attn_callbacks.analysis.clusters import HeadClusters, RedundantPair, cluster_heads
 from attn_callbacks.analysis.feature_importance import FeatureImportance, feature_importance
 from attn_callbacks.analysis.head_distances import head_distances
+from attn_callbacks.analysis.head_importance import GateImportance, head_importance
+from attn_callbacks.analysis.interaction import HeadInteractions, HeadPair, head_interactions
 from attn_callbacks.analysis.partitions import adjusted_rand_index, classical_layout, silhouettes
 from attn_callbacks.analysis.pattern_probe import AttentionPatternProbe, PatternProbeResult, ProbedHead
+from attn_callbacks.analysis.pruning import PruningCurve, RemovableHeads, pruning_curve
+from attn_callbacks.analysis.shapley import HeadShapley, head_shapley
 
 __all__ = [
     "AttentionPatternProbe",
     "FeatureImportance",
+    "GateImportance",
+    "HeadAblation",
     "HeadClusters",
+    "HeadInteractions",
+    "HeadPair",
+    "HeadShapley",
     "PatternProbeResult",
     "ProbedHead",
+    "PruningCurve",
     "RedundantPair",
+    "RemovableHeads",
+    "ablate_heads",
     "adjusted_rand_index",
     "attention_gradients",
     "classical_layout",
     "cluster_heads",
     "feature_importance",
     "head_distances",
+    "head_importance",
+    "head_interactions",
+    "head_shapley",
+    "pruning_curve",
     "silhouettes",
 ]

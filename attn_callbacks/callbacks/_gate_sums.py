@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from attn_callbacks.callbacks._host import to_host
-from attn_callbacks.metrics.importance import MOMENTS, HeadImportance, HeadImportanceResult, importance_result
+from attn_callbacks.metrics.importance import MOMENTS, HeadImportanceMetric, HeadImportanceResult, importance_result
 
 __all__ = ["GateSums"]
 
@@ -25,12 +25,12 @@ class GateSums:
     def __init__(self, processes: int = 1) -> None:
         # a run on one device may live in a process group of somebody else, who would not answer
         self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
-        self._layers: dict[str, HeadImportance] = {}
+        self._layers: dict[str, HeadImportanceMetric] = {}
 
     def see(self, layer: str, heads: int, device: torch.device) -> None:
         """Make a layer known, also one that no gradient may reach."""
         if layer not in self._layers:
-            self._layers[layer] = HeadImportance(1, heads).to(device)
+            self._layers[layer] = HeadImportanceMetric(1, heads).to(device)
 
     def add(self, layer: str, gates: Tensor) -> None:
         """Add ``(samples, heads)`` of a layer that is known."""

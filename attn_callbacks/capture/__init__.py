@@ -10,6 +10,7 @@ from attn_callbacks.capture.naming import call_name
 from attn_callbacks.capture.recorder import AttentionRecorder, record
 from attn_callbacks.capture.sampled import sampled_head_statistics
 from attn_callbacks.capture.selection import AttentionNotFoundError
+from attn_callbacks.capture.stitching import stitch_calls, stitch_generation
 
 __all__ = [
     "AttentionCall",
@@ -23,4 +24,6 @@ __all__ = [
     "gate_heads",
     "record",
     "sampled_head_statistics",
+    "stitch_calls",
+    "stitch_generation",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from attn_callbacks.functional.alignment import AlignmentScores, alignment_counts, alignment_links, alignment_scores
+from attn_callbacks.functional.alignment_shape import alignment_coverage, alignment_monotonicity, coverage_deviation
 from attn_callbacks.functional.divergence import jensen_shannon, pairwise_jensen_shannon
 from attn_callbacks.functional.effect_size import EffectSize, effect_size
 from attn_callbacks.functional.entropy import head_entropy
@@ -33,25 +35,34 @@ from attn_callbacks.functional.statistics import STATISTICS, head_statistics
 from attn_callbacks.functional.token_patterns import duplicate_pairs, induction_pairs
 from attn_callbacks.functional.value_norms import layer_value_norms, value_norm_weights
 from attn_callbacks.functional.vitals import head_vitals, pooled_vitals
+from attn_callbacks.functional.words import WordMaps, word_maps
 
 __all__ = [
-    "LABELS",
-    "ROLES",
-    "STATISTICS",
-    "THRESHOLDS",
+    "AlignmentScores",
     "AttentionPath",
     "EffectSize",
     "EncoderDecoderRelevance",
     "HealthAlert",
     "HealthThresholds",
+    "LABELS",
     "PatternScores",
+    "ROLES",
     "RoleLabels",
+    "STATISTICS",
+    "THRESHOLDS",
+    "WordMaps",
+    "alignment_counts",
+    "alignment_coverage",
+    "alignment_links",
+    "alignment_monotonicity",
+    "alignment_scores",
     "attention_flow",
     "attention_gradient_mass",
     "attention_lift",
     "attention_mass",
     "attention_relevance",
     "attention_rollout",
+    "coverage_deviation",
     "cross_relevance",
     "duplicate_pairs",
     "effect_size",
@@ -84,4 +95,5 @@ __all__ = [
     "value_norm_weights",
     "value_weighted_attention",
     "vertical_mass",
+    "word_maps",
 ]

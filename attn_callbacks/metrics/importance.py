@@ -10,14 +10,14 @@ from torch import Tensor
 from attn_callbacks._checks import at_least, check_axes
 from attn_callbacks.metrics.accumulator import Accumulator
 
-__all__ = ["MOMENTS", "HeadImportance", "HeadImportanceResult", "importance_result"]
+__all__ = ["MOMENTS", "HeadImportanceMetric", "HeadImportanceResult", "importance_result"]
 
 MOMENTS = 4
 """Sums of each head over examples: those counted, ``|g|``, ``g ** 2``, and those left out."""
 
 
 class HeadImportanceResult(NamedTuple):
-    """What `HeadImportance` computes; each field is ``(layers, heads)``.
+    """What `HeadImportanceMetric` computes; each field is ``(layers, heads)``.
 
     Args:
         mean: Mean over examples of the size of the gate gradient, NaN without an example. float64.
@@ -32,7 +32,7 @@ class HeadImportanceResult(NamedTuple):
     left_out: Tensor
 
 
-class HeadImportance(Accumulator):
+class HeadImportanceMetric(Accumulator):
     """Average the size of each head's gate gradient over examples: how much the loss hangs on the head.
 
     Unlike a mean of signed gradients it does not vanish where a head helps one example and harms the next. States are
@@ -47,7 +47,7 @@ class HeadImportance(Accumulator):
         ValueError: If ``layers`` or ``heads`` is below 1; in `update`, if a layer, head count or shape does not fit.
 
     Example:
-        >>> metric = HeadImportance(layers=1, heads=2)
+        >>> metric = HeadImportanceMetric(layers=1, heads=2)
         >>> metric.update(0, torch.tensor([[1.0, 0.0], [-3.0, 0.0]]))
         >>> result = metric.compute()
         >>> result.mean.tolist(), result.standard_error.tolist()
@@ -90,7 +90,7 @@ class HeadImportance(Accumulator):
 
 
 def importance_result(moments: Tensor) -> HeadImportanceResult:
-    """Conclude from the state of one `HeadImportance`, or from the sum of several.
+    """Conclude from the state of one `HeadImportanceMetric`, or from the sum of several.
 
     Args:
         moments: The `MOMENTS`.

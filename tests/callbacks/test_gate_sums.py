@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.callbacks._gate_sums import GateSums
-from attn_callbacks.metrics.importance import HeadImportance, HeadImportanceResult
+from attn_callbacks.metrics.importance import HeadImportanceMetric, HeadImportanceResult
 
 CPU = torch.device("cpu")
 Found = tuple[tuple[str, ...], HeadImportanceResult] | str | None
@@ -47,7 +47,7 @@ def test_processes_agree_on_layers_and_are_one(monkeypatch: pytest.MonkeyPatch) 
     two = filled(("c", third), ("a", third))
     empty = GateSums()
     found = over_processes(monkeypatch, (one, True, False), (two, True, False), (empty, False, False))
-    expected = HeadImportance(3, 3)
+    expected = HeadImportanceMetric(3, 3)
     for layer, gates in ((0, first), (0, third), (1, second), (2, third)):
         expected.update(layer, gates)
     for conclusion in found:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attn_callbacks.metrics.importance import HeadImportance
+from attn_callbacks.metrics.importance import HeadImportanceMetric
 from tests.metrics.merging import reduced
 from tests.metrics.test_no_wait import assert_updated_in_place
 
@@ -16,7 +16,7 @@ def batch(seed: int, samples: int = 7, heads: int = 3) -> torch.Tensor:
 
 
 def test_mean_and_standard_error_match_a_loop() -> None:
-    metric = HeadImportance(2, 3)
+    metric = HeadImportanceMetric(2, 3)
     for seed in range(3):
         metric.update(1, batch(seed))
     values = np.abs(np.concatenate([batch(seed).double().numpy() for seed in range(3)]))
@@ -29,14 +29,14 @@ def test_mean_and_standard_error_match_a_loop() -> None:
 
 
 def test_signs_do_not_cancel() -> None:
-    metric = HeadImportance(1, 1)
+    metric = HeadImportanceMetric(1, 1)
     metric.update(0, torch.tensor([[2.0], [-2.0]]))
     assert metric.compute().mean.item() == 2
 
 
 def test_standard_error_covers_the_true_mean_in_repeated_experiments() -> None:
     values = torch.randn(40, 2000, dtype=torch.float64)  # every head is an experiment of its own
-    metric = HeadImportance(1, 2000)
+    metric = HeadImportanceMetric(1, 2000)
     metric.update(0, values)
     result = metric.compute()
     inside = (result.mean - (2 / torch.pi) ** 0.5).abs() < 1.96 * result.standard_error
@@ -44,7 +44,7 @@ def test_standard_error_covers_the_true_mean_in_repeated_experiments() -> None:
 
 
 def test_two_processes_equal_one_on_the_union() -> None:
-    parts, union = (HeadImportance(1, 3), HeadImportance(1, 3)), HeadImportance(1, 3)
+    parts, union = (HeadImportanceMetric(1, 3), HeadImportanceMetric(1, 3)), HeadImportanceMetric(1, 3)
     for seed in range(4):
         parts[seed % 2].update(0, batch(seed))
         union.update(0, batch(seed))
@@ -52,7 +52,7 @@ def test_two_processes_equal_one_on_the_union() -> None:
 
 
 def test_what_is_not_finite_is_left_out() -> None:
-    metric = HeadImportance(1, 2)
+    metric = HeadImportanceMetric(1, 2)
     metric.update(0, torch.tensor([[1.0, torch.nan], [3.0, torch.inf], [torch.inf, -5.0]]))
     result = metric.compute()
     assert result.mean.tolist() == [[2.0, 5.0]]
@@ -63,13 +63,13 @@ def test_what_is_not_finite_is_left_out() -> None:
 
 
 def test_layers_with_fewer_heads_leave_the_rest_undefined() -> None:
-    metric = HeadImportance(1, 4)
+    metric = HeadImportanceMetric(1, 4)
     metric.update(0, torch.ones(5, 2))
     assert metric.compute().mean.isnan().tolist() == [[False, False, True, True]]
 
 
 def test_updates_inside_and_outside_of_inference_mode() -> None:
-    metric = HeadImportance(1, 1)
+    metric = HeadImportanceMetric(1, 1)
     with torch.inference_mode():
         metric.update(0, torch.ones(1, 1))
         metric.reset()
@@ -80,7 +80,7 @@ def test_updates_inside_and_outside_of_inference_mode() -> None:
 
 
 def test_update_reads_no_value() -> None:
-    assert_updated_in_place(HeadImportance(2, 3).to("meta"), 1, torch.ones(4, 3, device="meta"))
+    assert_updated_in_place(HeadImportanceMetric(2, 3).to("meta"), 1, torch.ones(4, 3, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_update_reads_no_value() -> None:
 )
 def test_what_does_not_fit_is_refused(layer: int, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        HeadImportance(2, 3).update(layer, torch.ones(shape))
+        HeadImportanceMetric(2, 3).update(layer, torch.ones(shape))
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
 def test_sizes_below_one_are_refused(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        HeadImportance(*sizes)
+        HeadImportanceMetric(*sizes)
