@@ -120,7 +120,7 @@ TABLE = Table(
             at_least=True,
         ),
         Goal(
-            "G15",
+            "G21",
             "naive ablation of 144 heads / `head_importance`, confidence included",
             bound=35,
             predicted=None,

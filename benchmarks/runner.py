@@ -30,6 +30,7 @@ NAMES = (
     "pictures",
     "log_points",
     "importance",
+    "heads",
     "recompiles",
 )
 """The tables with goals, in the order in which they are run; each is a module of this package."""

@@ -36,7 +36,7 @@ def test_training_under_both_names(name: str, tmp_path: Path) -> None:
     )
     trainer.fit(module, loader(32), loader(16, seed=1))
     drawn = {path.relative_to(tmp_path / "run").parts[0] for path in tmp_path.glob("**/*.png")}
-    assert drawn == {"attention", "heads", "bias"}
+    assert drawn == {"attention", "bias", "errors", "heads", "importance", "paths", "roles"}
     assert "bias/worst_group_accuracy" in trainer.callback_metrics
     assert leftovers(module) == {}
 

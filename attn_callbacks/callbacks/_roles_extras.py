@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,9 +87,7 @@ class RoleExtras:
 
 
 def _has_scipy() -> bool:
-    try:
-        import scipy.cluster.hierarchy  # noqa: F401
-    except ImportError:
-        rank_zero_warn("`HeadRoles` leaves clusters out: they need scipy (`pip install scipy`).")
-        return False
-    return True
+    if find_spec("scipy") is not None:
+        return True
+    rank_zero_warn("`HeadRoles` leaves clusters out: they need scipy. Install it with `attn-callbacks[analysis]`.")
+    return False

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attn_callbacks.analysis.clusters import HeadClusters
 from attn_callbacks.callbacks._roles_timeline import RoleChange, RoleTimeline
-from attn_callbacks.functional.role_labels import LABELS
+from attn_callbacks.functional.role_labels import ROLE_LABELS
 from attn_callbacks.functional.roles import ROLES
 from attn_callbacks.metrics.roles import HeadRolesResult
 from attn_callbacks.render import Picture, layer_head_grid
@@ -50,9 +50,11 @@ def share_scalars(result: HeadRolesResult) -> dict[str, float]:
     """Tag and share of heads of every label that could be given."""
     label = result.labels().label
     known = max(int((label >= 0).sum()), 1)
-    counts = torch.bincount(label[label >= 0], minlength=len(LABELS)).tolist()
+    counts = torch.bincount(label[label >= 0], minlength=len(ROLE_LABELS)).tolist()
     possible = [*(~result.strength.isnan()).flatten(0, 1).any(dim=0).tolist(), True]
-    return {f"roles/{name}": count / known for name, count, may in zip(LABELS, counts, possible, strict=True) if may}
+    return {
+        f"roles/{name}": count / known for name, count, may in zip(ROLE_LABELS, counts, possible, strict=True) if may
+    }
 
 
 def change_text(changes: Sequence[RoleChange]) -> str:
@@ -97,7 +99,7 @@ def role_pictures(
         "roles/labels": partial(
             role_grid,
             labels.label.numpy(),
-            LABELS,
+            ROLE_LABELS,
             strength=strength,
             sure=certain,
             layer_labels=names,
@@ -123,7 +125,7 @@ def _timeline(timeline: RoleTimeline) -> Callable[[], Picture] | None:
     sure = np.array([[cell[1] for cell in row] for row in found])
     names = [f"{changed[head]} head {head[1]}" for head in heads]
     epochs = [entry["epoch"] for entry in timeline.entries]
-    return lambda: role_timeline(labels, LABELS, heads=names, epochs=epochs, sure=sure, title="roles over time")
+    return lambda: role_timeline(labels, ROLE_LABELS, heads=names, epochs=epochs, sure=sure, title="roles over time")
 
 
 def append_roles(path: Path, epoch: int, step: int, result: HeadRolesResult, drift: Tensor) -> None:
@@ -160,7 +162,7 @@ def _at(timeline: RoleTimeline, entry: dict[str, Any], head: tuple[str, int]) ->
         return -1, False
     row = names.index(head[0])
     label = entry["labels"][row][head[1]]
-    return LABELS.index(label) if label else -1, timeline.sure(entry["confidence"][row][head[1]])
+    return ROLE_LABELS.index(label) if label else -1, timeline.sure(entry["confidence"][row][head[1]])
 
 
 def _listed(lines: Sequence[str]) -> str:

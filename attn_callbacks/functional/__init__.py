@@ -27,7 +27,7 @@ from attn_callbacks.functional.relevance import (
     cross_relevance,
     encoder_decoder_relevance,
 )
-from attn_callbacks.functional.role_labels import LABELS, THRESHOLDS, RoleLabels, label_roles
+from attn_callbacks.functional.role_labels import ROLE_LABELS, RoleLabels, label_roles
 from attn_callbacks.functional.roles import ROLES, head_roles
 from attn_callbacks.functional.rollout import attention_rollout, gradient_rollout, gradient_weights
 from attn_callbacks.functional.rows import row_mean, stratified_rows
@@ -38,18 +38,17 @@ from attn_callbacks.functional.vitals import head_vitals, pooled_vitals
 from attn_callbacks.functional.words import WordMaps, word_maps
 
 __all__ = [
+    "ROLES",
+    "ROLE_LABELS",
+    "STATISTICS",
     "AlignmentScores",
     "AttentionPath",
     "EffectSize",
     "EncoderDecoderRelevance",
     "HealthAlert",
     "HealthThresholds",
-    "LABELS",
     "PatternScores",
-    "ROLES",
     "RoleLabels",
-    "STATISTICS",
-    "THRESHOLDS",
     "WordMaps",
     "alignment_counts",
     "alignment_coverage",

@@ -13,9 +13,9 @@ from attn_callbacks._checks import in_range
 from attn_callbacks.functional._scores import PatternScores
 from attn_callbacks.functional.roles import ROLES
 
-__all__ = ["LABELS", "THRESHOLDS", "RoleLabels", "label_roles", "role_thresholds"]
+__all__ = ["ROLE_LABELS", "THRESHOLDS", "RoleLabels", "label_roles", "role_thresholds"]
 
-LABELS: tuple[str, ...] = (*ROLES, "heterogeneous")
+ROLE_LABELS: tuple[str, ...] = (*ROLES, "heterogeneous")
 """Names of labels by number: the roles, and what fits none of them."""
 
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
@@ -42,7 +42,7 @@ class RoleLabels(NamedTuple):
     """Labels of heads; fields have the shape of the scores without their last axis.
 
     Args:
-        label: Index into `LABELS`, -1 where no role is defined. int64.
+        label: Index into `ROLE_LABELS`, -1 where no role is defined. int64.
         strength: Strength of the role that won, NaN without one.
         confidence: Winning margin: that strength less the largest one of a rival, or less the threshold if that is
             higher. Roles that contain the winner, or that it contains, are no rivals. Of ``heterogeneous``: how far the
@@ -84,7 +84,7 @@ def label_roles(
     Example:
         >>> from attn_callbacks.functional.roles import head_roles
         >>> labels = label_roles(head_roles(torch.eye(9).roll(-1, dims=-1)[None, None]))
-        >>> LABELS[labels.label.item()], labels.strength.item()
+        >>> ROLE_LABELS[labels.label.item()], labels.strength.item()
         ('previous', 1.0)
 
     References:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import at_least, check_axes
 from attn_callbacks.functional.patterns import PatternScores
-from attn_callbacks.functional.role_labels import LABELS, RoleLabels, label_roles, role_thresholds
+from attn_callbacks.functional.role_labels import ROLE_LABELS, RoleLabels, label_roles, role_thresholds
 from attn_callbacks.functional.roles import ROLES
 from attn_callbacks.metrics.accumulator import Accumulator
 from attn_callbacks.metrics.moments import mean_and_error
@@ -31,7 +31,7 @@ class HeadRolesResult(NamedTuple):
         strength_error: Standard error of ``strength``, as that of a ratio of sums; NaN below two samples. float64.
         coverage: Mean share of rows for which the role expects any key, over all samples. float64.
         samples: Number of samples in which the role has a score. int64.
-        wins: Number of samples in which each of `LABELS` wins, ``(layers, heads, labels)``. int64.
+        wins: Number of samples in which each of `ROLE_LABELS` wins, ``(layers, heads, labels)``. int64.
         thresholds: Strength that a head must exceed to be given each role, ``(roles,)``.
         layer_names: Names of the layers, where they are known.
     """
@@ -60,7 +60,7 @@ class HeadRolesResult(NamedTuple):
 
     def names(self) -> list[list[str]]:
         """Return the label of every head as a word, layer by layer; an empty one for a head that does not exist."""
-        return [[LABELS[label] if label >= 0 else "" for label in layer] for layer in self.labels().label.tolist()]
+        return [[ROLE_LABELS[label] if label >= 0 else "" for label in layer] for layer in self.labels().label.tolist()]
 
     def describe(self) -> list[str]:
         """Return a line for each head with everything that its label rests on, threshold included."""
@@ -69,7 +69,7 @@ class HeadRolesResult(NamedTuple):
         for layer, head in (labels.label >= 0).nonzero().tolist():
             name = self.layer_names[layer] if self.layer_names else f"layer {layer}"
             label = int(labels.label[layer, head])
-            parts = [f"{name} head {head}: {LABELS[label]}"]
+            parts = [f"{name} head {head}: {ROLE_LABELS[label]}"]
             if label < len(ROLES):
                 strength, error = self.strength[layer, head, label], self.strength_error[layer, head, label]
                 parts.append(f"strength {strength:.2f} ± {error:.2f} (above {self.thresholds[label]:.2f})")
@@ -141,7 +141,7 @@ class HeadRolesMetric(Accumulator):
             raise ValueError(f"`layer_names` must name {layers} layers, got {len(self.layer_names)}.")
         # sums over samples: with a score s and its chance c 1, s, s^2, c, s c, c^2; coverage
         self.add_zeros("moments", layers, heads, len(ROLES), _MOMENTS)
-        self.add_zeros("wins", layers, heads, len(LABELS))
+        self.add_zeros("wins", layers, heads, len(ROLE_LABELS))
         with torch.inference_mode(False):
             limits = role_thresholds(thresholds, torch.zeros((), dtype=torch.float64))
             self.register_buffer("thresholds", limits, persistent=False)
@@ -162,7 +162,7 @@ class HeadRolesMetric(Accumulator):
         terms = (counted.double(), score, score**2, chance, score * chance, chance**2, coverage.nan_to_num(0.0))
         self.writable("moments")[layer, :heads] += torch.stack([term.sum(dim=0) for term in terms], dim=-1)
         label = label_roles(scores, self._given).label  # (batch, heads)
-        won = label[..., None] == torch.arange(len(LABELS), device=label.device)
+        won = label[..., None] == torch.arange(len(ROLE_LABELS), device=label.device)
         self.writable("wins")[layer, :heads] += won.sum(dim=0)
 
     def compute(self) -> HeadRolesResult:

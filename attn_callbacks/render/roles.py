@@ -49,7 +49,7 @@ def role_colours(labels: NDArray[np.integer], names: Sequence[str]) -> NDArray[n
 
     Args:
         labels: Index into ``names``, or -1.
-        names: All labels in their order, those of :data:`attn_callbacks.functional.role_labels.LABELS`.
+        names: All labels in their order, those of :data:`attn_callbacks.functional.role_labels.ROLE_LABELS`.
 
     Shape:
         - labels: any

@@ -14,7 +14,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import losses
-from attn_callbacks import AttentionGuidance, AttentionHeatmaps, BiasMonitor, ClassReweighting, HeadStatistics
+from attn_callbacks import (
+    AlignmentMonitor,
+    AttentionGuidance,
+    AttentionHeatmaps,
+    AttentionPaths,
+    BiasMonitor,
+    ClassReweighting,
+    ErrorAnalysis,
+    HeadImportance,
+    HeadRoles,
+    HeadStatistics,
+    TrainingHealth,
+)
 
 # The whole suite runs under the other name with ATTN_CALLBACKS_LIGHTNING=lightning.pytorch
 NAME = os.environ.get("ATTN_CALLBACKS_LIGHTNING", "pytorch_lightning")
@@ -23,11 +35,23 @@ pl: Any = importlib.import_module(NAME)
 HEADS, LAYERS, WIDTH, LENGTH, VOCABULARY = 2, 2, 16, 10, 40
 
 REGISTRY: dict[str, Callable[[], Any]] = {
+    "AlignmentMonitor": lambda: AlignmentMonitor(),
     "AttentionHeatmaps": lambda: AttentionHeatmaps(samples=2),
+    "AttentionPaths": lambda: AttentionPaths(samples=2),
     "BiasMonitor": lambda: BiasMonitor(),
+    "ErrorAnalysis": lambda: ErrorAnalysis(samples=2),
+    "HeadImportance": lambda: HeadImportance(),
+    "HeadRoles": lambda: HeadRoles(),
     "HeadStatistics": lambda: HeadStatistics(),
+    "TrainingHealth": lambda: TrainingHealth(every_n_steps=2),
 }
 """Every public callback as an observer, with the least arguments."""
+
+DRAWING = sorted({*REGISTRY} - {"TrainingHealth"})
+"""The callbacks that look at validations and draw pictures."""
+
+STATEFUL = {"BiasMonitor", "HeadRoles", "TrainingHealth"}
+"""The callbacks that write into checkpoints; Lightning asks that two of a kind differ in their arguments."""
 
 
 def feeding_monitor(**options: Any) -> BiasMonitor:
@@ -139,17 +163,21 @@ class Vit(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """``nn.Transformer`` with three learned queries over the tokens."""
+    """``nn.Transformer`` with three learned queries over the tokens, on dict batches or on ``(tokens, label)``."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.embed, self.queries = nn.Embedding(VOCABULARY, WIDTH), nn.Parameter(torch.randn(1, 3, WIDTH))
-        self.model = nn.Transformer(WIDTH, HEADS, 1, 1, 2 * WIDTH, dropout=0.0, batch_first=True)
+        self.model = nn.Transformer(WIDTH, HEADS, 1, 1, 2 * WIDTH, dropout=dropout, batch_first=True)
         self.head = nn.Linear(WIDTH, 2)
 
     def forward(self, batch: Any) -> Tensor:
-        tokens = self.embed(batch[0])
-        return self.head(self.model(tokens, self.queries.expand(len(tokens), -1, -1))[:, 0])
+        texts = isinstance(batch, dict)
+        padding = batch["attention_mask"] == 0 if texts else None
+        tokens = self.embed(batch["input_ids"] if texts else batch[0])
+        queries = self.queries.expand(len(tokens), -1, -1)
+        states = self.model(tokens, queries, src_key_padding_mask=padding, memory_key_padding_mask=padding)
+        return self.head(states[:, 0])
 
 
 class BagOfWords(nn.Module):
@@ -198,6 +226,11 @@ class ClassifierSteps:
 
 class Classifier(ClassifierSteps, pl.LightningModule):
     """The classifier under the import name of this run."""
+
+
+def watchable(name: str, dropout: float = 0.0) -> Classifier:
+    """A classifier with attention of the kind that a callback looks at."""
+    return Classifier(EncoderDecoder(dropout) if name == "AlignmentMonitor" else TextEncoder(dropout))
 
 
 def classifier(package: Any, net: nn.Module | None = None) -> Any:

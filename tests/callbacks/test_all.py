@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from attn_callbacks import BatchSchema, HeadStatistics, callbacks
+from attn_callbacks import BatchSchema, HeadRoles, HeadStatistics, TrainingHealth, callbacks
 from attn_callbacks._lightning import Callback
 from tests.callbacks.models import (
+    DRAWING,
     REGISTRY,
+    STATEFUL,
     BagOfWords,
-    Bert,
     Classifier,
     EncoderDecoder,
     TextEncoder,
@@ -33,10 +34,12 @@ from tests.callbacks.models import (
     pair_loader,
     pl,
     quiet_trainer,
+    watchable,
 )
 from tests.callbacks.test_writer import writer_threads
 
 each = pytest.mark.parametrize("name", sorted(REGISTRY))
+each_drawing = pytest.mark.parametrize("name", DRAWING)
 
 
 def test_registry_is_complete() -> None:
@@ -49,20 +52,26 @@ def found(callback: Any) -> Any:
     return getattr(callback, "report", None) or getattr(callback, "result", None)
 
 
+def traces(name: str, trainer: Any, folder: Path) -> list[Any]:
+    """What shows that a callback did its work: pictures, or numbers for who draws none."""
+    pictures: list[Any] = list(folder.glob("**/*.png"))
+    return pictures if name in DRAWING else [key for key in trainer.callback_metrics if key.startswith("health/")]
+
+
 @each
 def test_two_fits_with_one_instance(name: str, tmp_path: Path) -> None:
     callback = REGISTRY[name]()
     for run in ("first", "second"):
         trainer = quiet_trainer(tmp_path / run, [callback], logger=csv_logger(tmp_path / run))
-        module = fit(Classifier(), trainer)
+        module = fit(watchable(name), trainer)
         assert leftovers(module) == {}
         assert writer_threads() == []
-        assert len(list((tmp_path / run / "run").glob("**/*.png"))) > 0
+        assert traces(name, trainer, tmp_path / run)
 
 
-@each
+@each_drawing
 def test_validate_test_and_predict(name: str, tmp_path: Path) -> None:
-    module, data = Classifier(), loader(16)
+    module, data = watchable(name), loader(16)
     trainer = quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path))
     trainer.test(module, data, verbose=False)
     trainer.predict(module, data)
@@ -73,15 +82,24 @@ def test_validate_test_and_predict(name: str, tmp_path: Path) -> None:
     assert writer_threads() == []
 
 
-@pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
+@pytest.mark.parametrize("name", [name for name in DRAWING if REGISTRY[name]()._needs_logger])
 def test_observer_without_logger_warns_once_and_stays_inert(name: str, tmp_path: Path) -> None:
     callback = REGISTRY[name]()
     trainer = quiet_trainer(tmp_path, [callback], max_epochs=2)
     with pytest.warns(UserWarning, match="no logger to write to and stays inert") as caught:
-        fit(Classifier(), trainer)
+        fit(watchable(name), trainer)
     assert len([warning for warning in caught if "stays inert" in str(warning.message)]) == 1
     assert found(callback) is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWING if not REGISTRY[name]()._needs_logger])
+def test_who_keeps_a_result_goes_on_without_logger(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    callback = REGISTRY[name]()
+    fit(watchable(name), quiet_trainer(tmp_path, [callback]))
+    assert found(callback) is not None
+    assert not list(tmp_path.iterdir())
+    assert not [warning for warning in recwarn if name in str(warning.message)]
 
 
 def test_bias_monitor_goes_on_without_logger(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -97,7 +115,7 @@ def test_bias_monitor_goes_on_without_logger(tmp_path: Path, recwarn: pytest.War
 @each
 def test_fast_dev_run_is_silent(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     trainer = quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path), fast_dev_run=True)
-    fit(Classifier(), trainer)
+    fit(watchable(name), trainer)
     assert [type(logger).__name__ for logger in trainer.loggers] == ["DummyLogger"]
     assert not [warning for warning in recwarn if name in str(warning.message)]
     assert not list(tmp_path.iterdir())
@@ -112,42 +130,61 @@ def test_sanity_check_leaves_nothing(name: str, tmp_path: Path) -> None:
             seen.append((found(callback), [*tmp_path.glob("**/*.png"), *tmp_path.glob("**/attention")]))
             seen.append(dict(trainer.callback_metrics))
 
-    fit(Classifier(), quiet_trainer(tmp_path, [callback, Look()], logger=csv_logger(tmp_path), num_sanity_val_steps=2))
+    fit(
+        watchable(name),
+        quiet_trainer(tmp_path, [callback, Look()], logger=csv_logger(tmp_path), num_sanity_val_steps=2),
+    )
     assert seen == [(None, []), {}]
 
 
 @each
 def test_two_instances_in_one_trainer(name: str, tmp_path: Path) -> None:
-    pair = [REGISTRY[name](), feeding_monitor() if name == "BiasMonitor" else REGISTRY[name]()]
-    module = fit(Classifier(), quiet_trainer(tmp_path, pair, logger=csv_logger(tmp_path)))
-    assert leftovers(module) == {}
+    one = REGISTRY[name]()
+    others = {"BiasMonitor": feeding_monitor, "HeadRoles": lambda: HeadRoles(layers=["*.0.*"])}
+    others["TrainingHealth"] = lambda: TrainingHealth(every_n_steps=3)
+    trainer = quiet_trainer(tmp_path, [one, others.get(name, REGISTRY[name])()], logger=csv_logger(tmp_path))
+    assert leftovers(fit(watchable(name), trainer)) == {}
+    assert traces(name, trainer, tmp_path)
 
 
-def test_two_equal_monitors_are_refused_by_lightning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(STATEFUL))
+def test_two_equal_stateful_ones_are_refused_by_lightning(name: str, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        quiet_trainer(tmp_path, [REGISTRY["BiasMonitor"](), REGISTRY["BiasMonitor"]()])
+        quiet_trainer(tmp_path, [REGISTRY[name](), REGISTRY[name]()])
+
+
+def test_who_has_state_is_listed() -> None:
+    empty = {name for name, make in REGISTRY.items() if type(make()).state_dict is Callback.state_dict}
+    assert empty == set(REGISTRY) - STATEFUL
 
 
 @each
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
 def test_copies_keep_the_arguments_only(name: str, copied: Any, tmp_path: Path) -> None:
     callback = REGISTRY[name]()
-    fit(Classifier(), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path)))
+    fit(watchable(name), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path)))
     twin = copied(callback)
     assert repr(twin) == repr(callback)
     assert found(twin) is None
     assert set(vars(twin)) == set(vars(REGISTRY[name]()))
-    fit(Classifier(), quiet_trainer(tmp_path / "twin", [twin], logger=csv_logger(tmp_path / "twin")))
-    assert list(tmp_path.glob("twin/**/*.png"))
+    trainer = quiet_trainer(tmp_path / "twin", [twin], logger=csv_logger(tmp_path / "twin"))
+    fit(watchable(name), trainer)
+    assert traces(name, trainer, tmp_path / "twin")
 
 
 def test_repr_shows_what_was_given() -> None:
     schema = BatchSchema(target="y")
     assert repr(HeadStatistics(schema, rows=8)) == "HeadStatistics(schema=BatchSchema(target='y'), rows=8)"
     assert [repr(make()) for make in REGISTRY.values()] == [
+        "AlignmentMonitor()",
         "AttentionHeatmaps(samples=2)",
+        "AttentionPaths(samples=2)",
         "BiasMonitor()",
+        "ErrorAnalysis(samples=2)",
+        "HeadImportance()",
+        "HeadRoles()",
         "HeadStatistics()",
+        "TrainingHealth(every_n_steps=2)",
     ]
 
 
@@ -166,32 +203,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@each
+@each_drawing
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_trainer_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_trainer_options(name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)  # CPU autocast breaks native encoders
     callback = REGISTRY[name]()
-    net = Bert() if "precision" in options else None  # CPU autocast breaks the native path of nn.TransformerEncoder
-    module = fit(Classifier(net), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path), **options))
+    module = fit(watchable(name), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path), **options))
     pictures = {path.name.split("_step")[1] for path in tmp_path.glob("**/*.png")}
     steps = {"accumulation": {"2"}, "bf16": {"4"}, "half epochs": {"2", "4"}, "overfitting": {"2"}}
     assert pictures == {f"{step}.png" for step in steps[next(k for k, v in OPTIONS.items() if v is options)]}
     assert leftovers(module) == {}
 
 
-@each
+@each_drawing
 def test_no_validation_batches(name: str, tmp_path: Path) -> None:
     callback = REGISTRY[name]()
-    fit(Classifier(), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path), limit_val_batches=0))
+    fit(watchable(name), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path), limit_val_batches=0))
     assert found(callback) is None
     assert not list(tmp_path.glob("**/*.png"))
 
 
-@each
+@each_drawing
 def test_only_the_first_validation_loader_counts(name: str, tmp_path: Path) -> None:
     def run(validation: Any, folder: Path) -> Any:
         torch.manual_seed(0)
         callback = REGISTRY[name]()
-        fit(Classifier(), quiet_trainer(folder, [callback], logger=csv_logger(folder)), validation=validation)
+        fit(watchable(name), quiet_trainer(folder, [callback], logger=csv_logger(folder)), validation=validation)
         return callback, {path.name: path.read_bytes() for path in folder.glob("**/*.png")}
 
     one, pictures = run(loader(16, seed=1), tmp_path / "one")
@@ -205,8 +242,8 @@ def test_only_the_first_validation_loader_counts(name: str, tmp_path: Path) -> N
 
 
 class ManualClassifier(Classifier):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -216,13 +253,13 @@ class ManualClassifier(Classifier):
         optimizer.step()
 
 
-@each
+@each_drawing
 def test_manual_optimization(name: str, tmp_path: Path) -> None:
-    fit(ManualClassifier(), quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path)))
+    fit(ManualClassifier(watchable(name).net), quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path)))
     assert list(tmp_path.glob("**/*.png"))
 
 
-@pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
+@pytest.mark.parametrize("name", [name for name in DRAWING if name != "BiasMonitor"])  # it looks at answers as well
 def test_model_without_attention_warns_once(name: str, tmp_path: Path) -> None:
     module, trainer = (
         Classifier(BagOfWords()),
@@ -235,14 +272,14 @@ def test_model_without_attention_warns_once(name: str, tmp_path: Path) -> None:
     assert leftovers(module) == {}
 
 
-@pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
+@each_drawing
 def test_unknown_layer_warns_and_names_the_known(name: str, tmp_path: Path) -> None:
     callback = type(REGISTRY[name]())(layers=["nonsense"])
-    with pytest.warns(UserWarning, match="'nonsense'. Known: 'net.encoder.layers.0"):
-        fit(Classifier(), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path)))
+    with pytest.warns(UserWarning, match="'nonsense'. Known: 'net.(model.)?encoder.layers.0"):
+        fit(watchable(name), quiet_trainer(tmp_path, [callback], logger=csv_logger(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["AttentionHeatmaps", "HeadStatistics"])
+@pytest.mark.parametrize("name", sorted({*DRAWING} - {"AlignmentMonitor", "HeadImportance"}))  # which read no `valid`
 def test_schema_that_does_not_fit_warns_and_training_goes_on(name: str, tmp_path: Path) -> None:
     trainer = quiet_trainer(
         tmp_path,
@@ -250,7 +287,7 @@ def test_schema_that_does_not_fit_warns_and_training_goes_on(name: str, tmp_path
         logger=csv_logger(tmp_path),
     )
     with pytest.warns(UserWarning, match="`valid` reads 'padding' of the batch, which has 'input_ids'"):
-        fit(Classifier(), trainer)
+        fit(watchable(name), trainer)
     assert trainer.current_epoch == 1
 
 
@@ -272,8 +309,8 @@ def test_cross_attention(tmp_path: Path) -> None:
 class Failing(Classifier):
     """Raises ``error`` inside the second ``step``."""
 
-    def __init__(self, step: str, error: BaseException) -> None:
-        super().__init__()
+    def __init__(self, step: str, error: BaseException, net: nn.Module | None = None) -> None:
+        super().__init__(net)
         self.failing_step, self.error, self.armed, self.fail_from = step, error, True, 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -292,7 +329,7 @@ class Failing(Classifier):
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_nothing_survives_an_exception(step: str, error: BaseException, tmp_path: Path) -> None:
-    observers = [make() for name, make in REGISTRY.items() if name != "BiasMonitor"]
+    observers = [make() for name, make in REGISTRY.items() if name not in ("AlignmentMonitor", "BiasMonitor")]
     module, monitor = Failing(step, error), feeding_monitor()
     trainer = quiet_trainer(tmp_path, [*observers, monitor], logger=csv_logger(tmp_path))
     with pytest.raises((RuntimeError, KeyboardInterrupt, SystemExit)):
@@ -328,9 +365,11 @@ def test_nothing_of_a_run_is_kept_after_it(tmp_path: Path) -> None:
 # --- observers change nothing ------------------------------------------------------------------------------------
 
 
-def trained(callbacks: list[Any], folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+def trained(
+    callbacks: list[Any], folder: Path, name: str = "HeadStatistics", **options: Any
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
-    module = Classifier(TextEncoder(dropout=0.2))
+    module = watchable(name, dropout=0.2)
     data = DataLoader(Texts(88), 8, shuffle=True)
     trainer = quiet_trainer(folder, callbacks, logger=csv_logger(folder), max_epochs=2, **options)
     fit(module, trainer, data, loader(24, seed=1))
@@ -345,8 +384,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 
 @each
 def test_observers_leave_training_bit_identical(name: str, plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    watched = trained([REGISTRY[name]()], tmp_path, val_check_interval=0.5)
-    assert list(tmp_path.glob("**/*.png"))
+    if name == "AlignmentMonitor":
+        plain = trained([], tmp_path / "plain", name, val_check_interval=0.5)
+    watched = trained([REGISTRY[name]()], tmp_path, name, val_check_interval=0.5)
+    assert list(tmp_path.glob("**/*.png")) or name not in DRAWING
     assert {key for key, value in plain.items() if not torch.equal(value, watched[key])} == set()
 
 

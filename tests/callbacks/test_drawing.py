@@ -15,6 +15,7 @@ from attn_callbacks.callbacks._writer import THREAD_NAME
 from attn_callbacks.functional import STATISTICS
 from tests.callbacks.board import events
 from tests.callbacks.models import (
+    DRAWING,
     REGISTRY,
     Classifier,
     board_logger,
@@ -23,19 +24,29 @@ from tests.callbacks.models import (
     fit,
     pl,
     quiet_trainer,
+    watchable,
 )
 from tests.callbacks.test_all import Failing
 from tests.callbacks.test_writer import writer_threads
 
-each = pytest.mark.parametrize("name", sorted(REGISTRY))
+each = pytest.mark.parametrize("name", DRAWING)
 
 
-DRAWING = {
+DRAWS = {
+    "AlignmentMonitor": "_alignment_log.layer_head_grid",
     "AttentionHeatmaps": "attention_heatmaps.attention_heads",
+    "AttentionPaths": "attention_paths.token_strip",
     "BiasMonitor": "_bias_log.confusion_picture",
+    "ErrorAnalysis": "_error_pictures.layer_head_grid",
+    "HeadImportance": "_importance_log.layer_head_grid",
+    "HeadRoles": "_roles_log.role_grid",
     "HeadStatistics": "head_statistics.layer_head_grid",
 }
 """What each callback draws with, in the background."""
+
+
+def test_everything_that_draws_is_listed() -> None:
+    assert sorted(DRAWS) == DRAWING
 
 
 def slowly(draw: Any, threads: set[str]) -> Any:
@@ -52,7 +63,7 @@ def broken(*_: Any, **__: Any) -> None:
 
 
 def patched(monkeypatch: pytest.MonkeyPatch, name: str, change: Any) -> None:
-    module, function = DRAWING[name].split(".")
+    module, function = DRAWS[name].split(".")
     home = importlib.import_module(f"attn_callbacks.callbacks.{module}")
     monkeypatch.setattr(home, function, change(getattr(home, function)))
 
@@ -67,15 +78,16 @@ def test_drawing_is_finished_before_the_loggers_close(
     there: list[int] = []
     logger = csv_logger(tmp_path)
     monkeypatch.setattr(logger, "finalize", lambda status: there.append(len(list(tmp_path.glob("**/*.png")))))
-    module = Failing("training_step", error or RuntimeError())
+    module = Failing("training_step", error or RuntimeError(), watchable(name).net)
     module.armed = error is not None
     module.fail_from = 1  # the first epoch is whole
     try:
         fit(module, quiet_trainer(tmp_path, [REGISTRY[name]()], logger=logger, max_epochs=2))
     except (RuntimeError, KeyboardInterrupt, SystemExit):
         assert error is not None
-    pictures = {"AttentionHeatmaps": 4, "BiasMonitor": 1, "HeadStatistics": len(STATISTICS)}[name]
-    assert there == [pictures if error else 2 * pictures]
+    pictures = list(tmp_path.glob("**/*.png"))
+    assert there == [len(pictures)]
+    assert {int(path.stem.split("_step")[1]) for path in pictures} == ({4} if error else {4, 8})
     assert all(thread.startswith(THREAD_NAME) for thread in threads)
     assert writer_threads() == []
 
@@ -87,10 +99,12 @@ def test_a_picture_that_fails_warns_once_and_training_goes_on(
     patched(monkeypatch, name, lambda _: broken)
     trainer = quiet_trainer(tmp_path, [REGISTRY[name]()], logger=csv_logger(tmp_path), max_epochs=3)
     with pytest.warns(UserWarning, match=f"`{name}` is switched off.*MemoryError: no room") as caught:
-        fit(Classifier(), trainer)
+        fit(watchable(name), trainer)
     assert len([warning for warning in caught if "switched off" in str(warning.message)]) == 1
     assert trainer.current_epoch == 3
-    assert not list(tmp_path.glob("**/*.png"))
+    assert {path.stem.split("_step")[1] for path in tmp_path.glob("**/*.png")} <= {
+        "4"
+    }  # of another kind, queued before
     assert writer_threads() == []
 
 

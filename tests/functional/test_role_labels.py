@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.functional.patterns import PatternScores
-from attn_callbacks.functional.role_labels import LABELS, THRESHOLDS, label_roles
+from attn_callbacks.functional.role_labels import ROLE_LABELS, THRESHOLDS, label_roles
 from attn_callbacks.functional.roles import ROLES, head_roles
 from tests.functional.role_reference import Sample
 
@@ -42,7 +42,7 @@ def scores_of(weights: np.ndarray, allowed: np.ndarray, known: dict) -> PatternS
 
 
 def label_of(scores: PatternScores) -> str:
-    return LABELS[int(label_roles(scores).label[0, 0])]
+    return ROLE_LABELS[int(label_roles(scores).label[0, 0])]
 
 
 BIDIRECTIONAL = [(role, TEXT, False) for role in ROLES if role not in ("column", "row")]
@@ -114,13 +114,13 @@ def test_rules(strengths: dict[str, float], label: str, margin: float) -> None:
 def test_threshold_can_be_set() -> None:
     scores = made(self=0.45)
     assert label_of(scores) == "heterogeneous"
-    assert LABELS[int(label_roles(scores, {"self": 0.4}).label)] == "self"
+    assert ROLE_LABELS[int(label_roles(scores, {"self": 0.4}).label)] == "self"
 
 
 def test_role_that_hardly_any_row_can_play_is_no_candidate() -> None:
     scores = made(coverage=0.05, duplicate=0.9)
     assert label_of(scores) == "heterogeneous"
-    assert LABELS[int(label_roles(scores, min_coverage=0.01).label)] == "duplicate"
+    assert ROLE_LABELS[int(label_roles(scores, min_coverage=0.01).label)] == "duplicate"
 
 
 def test_nothing_defined_has_no_label() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from attn_callbacks.capture import AttentionRecorder
 from attn_callbacks.functional.patterns import PatternScores
-from attn_callbacks.functional.role_labels import LABELS, label_roles
+from attn_callbacks.functional.role_labels import ROLE_LABELS, label_roles
 from attn_callbacks.functional.roles import ROLES, head_roles
 from attn_callbacks.metrics.roles import HeadRolesMetric, HeadRolesResult
 from tests.metrics.merging import reduced
@@ -61,7 +61,7 @@ def test_means_and_errors_match_a_loop() -> None:
 def test_wins_are_the_labels_of_the_samples() -> None:
     metric = filled(0, 1)
     labels = torch.cat([label_roles(batch(seed)).label for seed in (0, 1)])
-    expected = [[int((labels[:, h] == k).sum()) for k in range(len(LABELS))] for h in range(3)]
+    expected = [[int((labels[:, h] == k).sum()) for k in range(len(ROLE_LABELS))] for h in range(3)]
     result = metric.compute()
     assert result.wins[1].tolist() == expected
     own = result.labels().label[1]
@@ -194,7 +194,7 @@ def test_pretrained_model_has_well_known_heads_and_stable_labels() -> None:
         resting = result.strength[..., ROLES.index("special")] > 0.5  # on [CLS] and [SEP]
         assert resting.sum() >= 12
         assert not resting[0].any()  # only above the first layer
-        assert (result.labels().label == LABELS.index("sink")).sum() >= 30
+        assert (result.labels().label == ROLE_LABELS.index("sink")).sum() >= 30
     first, second = (result.labels() for result in halves)
     same = first.label == second.label
     assert same.double().mean() > 0.85

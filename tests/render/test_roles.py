@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from attn_callbacks.functional.role_labels import LABELS
+from attn_callbacks.functional.role_labels import ROLE_LABELS
 from attn_callbacks.render import head_colours
 from attn_callbacks.render.layout import MAX_WIDTH
 from attn_callbacks.render.roles import (
@@ -19,7 +19,7 @@ from attn_callbacks.render.roles import (
 )
 from attn_callbacks.render.text import text_width
 
-SINK, PREVIOUS, NEXT = (LABELS.index(name) for name in ("sink", "previous", "next"))
+SINK, PREVIOUS, NEXT = (ROLE_LABELS.index(name) for name in ("sink", "previous", "next"))
 NAMES = ("sink", "previous", "next")
 
 
@@ -28,18 +28,18 @@ def holds(pixels: np.ndarray, colour: object) -> np.ndarray:
 
 
 def test_a_role_has_one_colour_everywhere() -> None:
-    labels = np.arange(-1, len(LABELS))
-    found = role_colours(labels, LABELS)
-    assert len({tuple(colour) for colour in found[1:].tolist()}) == len(LABELS)
-    np.testing.assert_array_equal(found[1:-1], head_colours(len(LABELS) - 1))
+    labels = np.arange(-1, len(ROLE_LABELS))
+    found = role_colours(labels, ROLE_LABELS)
+    assert len({tuple(colour) for colour in found[1:].tolist()}) == len(ROLE_LABELS)
+    np.testing.assert_array_equal(found[1:-1], head_colours(len(ROLE_LABELS) - 1))
     assert tuple(found[0]) == tuple(found[-1]) == NOTHING
-    np.testing.assert_array_equal(role_colours(labels[None], LABELS)[0], found)
+    np.testing.assert_array_equal(role_colours(labels[None], ROLE_LABELS)[0], found)
 
 
 def test_every_abbreviation_fits_its_cell() -> None:
-    assert set(ABBREVIATIONS) <= set(LABELS)
-    shown = [ABBREVIATIONS.get(name, name[:4]) for name in LABELS]
-    assert len(set(shown)) == len(LABELS)
+    assert set(ABBREVIATIONS) <= set(ROLE_LABELS)
+    shown = [ABBREVIATIONS.get(name, name[:4]) for name in ROLE_LABELS]
+    assert len(set(shown)) == len(ROLE_LABELS)
     assert max(text_width(name, 12) for name in shown) <= 38
 
 
