@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from attn_callbacks import AttentionRecorder, BatchSchema
-from attn_callbacks.callbacks.alignment_monitor import AlignmentMonitor
-from attn_callbacks.functional.alignment import alignment_counts, alignment_scores
+from attn_callbacks import AlignmentMonitor, AttentionRecorder, BatchSchema
+from attn_callbacks.functional import alignment_counts, alignment_scores
 from examples.alignment_data import (
     END,
     PAD,

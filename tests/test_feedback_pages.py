@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import losses
 from attn_callbacks import feedback
 from attn_callbacks.feedback import Feedback, StepFeedback
 from tests.callbacks.models import NAME, pl
+from tests.pages import blocks, check_arguments, titles
 
 FOLDER = Path(__file__).parents[1] / "docs" / "feedback"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(FOLDER.glob("*.md"))}
@@ -128,10 +127,6 @@ def prelude() -> dict[str, Any]:
     }
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-
-
 def snake(name: str) -> str:
     return re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower()
 
@@ -161,45 +156,9 @@ def test_every_feedback_has_a_page(method: str) -> None:
     assert f"`{method}`" in PAGES["README.md"]
 
 
-def titles(page: str) -> list[str]:
-    prose = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
-    return re.findall(r"^## (.*)$", prose, flags=re.MULTILINE)
-
-
-def known(page: str) -> dict[str, Any]:
-    """Everything public that can be called, and what the page defines."""
-    found = {name: getattr(home, name) for home in HOMES for name in home.__all__}
-    own = {node.name for block in blocks(page) for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ClassDef)}
-    return {name: value for name, value in found.items() if callable(value) and name not in own}
-
-
-def calls(page: str) -> Iterator[tuple[str, str, ast.Call]]:
-    """Yield home, name and call of everything public that a page calls, in code or in prose."""
-    for match in re.finditer(r"\b(?:(losses)\.)?([A-Za-z_]\w*)\(", page):
-        home, name = match.group(1) or "", match.group(2)
-        if name not in known(page):
-            continue
-        call = ast.parse(_to_closing_bracket(page[match.start(2) :]), mode="eval").body
-        assert isinstance(call, ast.Call), match.group()
-        yield home, name, call
-
-
-def _to_closing_bracket(text: str) -> str:
-    depth = accumulate((letter == "(") - (letter == ")") for letter in text)
-    return text[
-        : next(
-            end for end, (level, letter) in enumerate(zip(depth, text, strict=True), 1) if letter == ")" and not level
-        )
-    ]
-
-
 @every_page
 def test_arguments_exist(name: str) -> None:
-    page = PAGES[name]
-    for home, called, call in calls(page):
-        target = getattr(losses, called) if home else known(page)[called]
-        given = {keyword.arg: None for keyword in call.keywords}
-        inspect.signature(target).bind_partial(*[None] * len(call.args), **given)
+    check_arguments(PAGES[name], HOMES)
 
 
 @every_page

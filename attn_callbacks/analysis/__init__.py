@@ -9,7 +9,6 @@ from attn_callbacks.analysis.feature_importance import FeatureImportance, featur
 from attn_callbacks.analysis.head_distances import head_distances
 from attn_callbacks.analysis.head_importance import GateImportance, head_importance
 from attn_callbacks.analysis.interaction import HeadInteractions, HeadPair, head_interactions
-from attn_callbacks.analysis.partitions import adjusted_rand_index, classical_layout, silhouettes
 from attn_callbacks.analysis.pattern_probe import AttentionPatternProbe, PatternProbeResult, ProbedHead
 from attn_callbacks.analysis.pruning import PruningCurve, RemovableHeads, pruning_curve
 from attn_callbacks.analysis.shapley import HeadShapley, head_shapley
@@ -29,9 +28,7 @@ __all__ = [
     "RedundantPair",
     "RemovableHeads",
     "ablate_heads",
-    "adjusted_rand_index",
     "attention_gradients",
-    "classical_layout",
     "cluster_heads",
     "feature_importance",
     "head_distances",
@@ -39,5 +36,4 @@ __all__ = [
     "head_interactions",
     "head_shapley",
     "pruning_curve",
-    "silhouettes",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from attn_callbacks.functional.alignment import AlignmentScores, alignment_counts, alignment_links, alignment_scores
 from attn_callbacks.functional.alignment_shape import alignment_coverage, alignment_monotonicity, coverage_deviation
 from attn_callbacks.functional.divergence import jensen_shannon, pairwise_jensen_shannon
-from attn_callbacks.functional.effect_size import EffectSize, effect_size
+from attn_callbacks.functional.effect_size import EffectSize, Moments, effect_size, moments
 from attn_callbacks.functional.entropy import head_entropy
 from attn_callbacks.functional.feature_importance import (
     attention_gradient_mass,
@@ -47,6 +47,7 @@ __all__ = [
     "EncoderDecoderRelevance",
     "HealthAlert",
     "HealthThresholds",
+    "Moments",
     "PatternScores",
     "RoleLabels",
     "WordMaps",
@@ -80,6 +81,7 @@ __all__ = [
     "jensen_shannon",
     "label_roles",
     "layer_value_norms",
+    "moments",
     "offset_share",
     "pairwise_jensen_shannon",
     "pattern_scores",
