@@ -26,7 +26,7 @@ def test_python_block_runs_and_prints_what_its_comments_say(block, tmp_path, mon
 
 
 def test_blocks_were_found():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_links_point_to_files():
