@@ -14,7 +14,7 @@ from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._error_gallery import Entry
 from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSample
 from attn_callbacks.callbacks._samples import patch_grid, read_samples
-from attn_callbacks.render import Picture, attention_heads, head_colours, layer_head_grid, overlay
+from attn_callbacks.render import Picture, attention_heads, layer_head_grid, overlay
 
 __all__ = ["effect_pictures", "read_entry", "sample_overlay", "sample_picture"]
 
@@ -38,7 +38,11 @@ def effect_pictures(result: ErrorAnalysisResult) -> dict[str, Callable[[], Pictu
 
 
 def sample_picture(
-    result: ErrorAnalysisResult, sample: WrongSample, heads: Sequence[tuple[int, int]], name: str
+    result: ErrorAnalysisResult,
+    sample: WrongSample,
+    heads: Sequence[tuple[int, int]],
+    name: str,
+    colours: Callable[[Sequence[tuple[str, int]]], Array],
 ) -> tuple[Callable[[], Picture], int]:
     """Return what draws the maps of a sample in some heads, and how many bytes it holds.
 
@@ -48,13 +52,13 @@ def sample_picture(
         heads: Layers and heads, the most important first; those whose maps have another shape than the first's, as
             cross-attention has, are left out.
         name: What to call the sample.
+        colours: Returns the colours of frames from layer names and numbers of heads.
     """
     maps = [(layer, head, sample.maps[result.layer_names[layer]][head]) for layer, head in heads
             if head < len(sample.maps.get(result.layer_names[layer], ()))]  # fmt: skip
     shown = [each for each in maps if each[2].shape == maps[0][2].shape] or [(0, 0, torch.zeros(1, 1))]
     stacked = torch.stack([each[2] for each in shown]).float().numpy()
     queries, keys = stacked.shape[1:]
-    numbers = [head for _, head, _ in shown]
     target, predicted = (_class(result, number) for number in (sample.target, sample.predicted))
     labels = list(sample.labels)
     draw = partial(
@@ -62,7 +66,7 @@ def sample_picture(
         stacked,
         row_labels=labels if len(labels) == queries else None,
         column_labels=labels if len(labels) == keys else None,
-        colours=head_colours(max(numbers) + 1)[numbers],
+        colours=colours([(result.layer_names[layer], head) for layer, head, _ in shown]),
         titles=[f"{layer}.{head}" for layer, head, _ in shown],
         title=f"{name}: {target}, predicted {predicted} ({sample.confidence:.2f}), loss {sample.loss:.2f} (layer.head)",
         high=min(1.0, 4 / keys**0.5),

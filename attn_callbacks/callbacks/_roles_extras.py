@@ -15,7 +15,7 @@ from attn_callbacks.analysis.clusters import HeadClusters, cluster_heads
 from attn_callbacks.analysis.pattern_probe import PROBED, AttentionPatternProbe, PatternProbeResult
 from attn_callbacks.callbacks._bias_names import is_sharded
 from attn_callbacks.callbacks._guard import Guard
-from attn_callbacks.callbacks._roles_log import cluster_picture, redundant_text
+from attn_callbacks.callbacks._roles_log import cluster_pictures, redundant_text
 from attn_callbacks.callbacks._roles_memory import HeadMemory
 from attn_callbacks.render import Picture, layer_head_grid
 
@@ -73,8 +73,7 @@ class RoleExtras:
         before, self.clusters = self.clusters, cluster_heads(distances, layer_names=layers, heads_per_layer=sizes)
         if before is not None and before.layer_names == self.clusters.layer_names:
             found.scalars["roles/cluster_agreement"] = self.clusters.agreement(before)
-        title = f"distances between heads, epoch {self._trainer.current_epoch}"
-        found.pictures["roles/clusters"] = cluster_picture(self.clusters, title)
+        found.pictures |= cluster_pictures(self.clusters, f"epoch {self._trainer.current_epoch}")
         found.texts["roles/redundant"] = redundant_text(self.clusters)
 
     def _run_probe(self, module: LightningModule, vocabulary: int, found: Found) -> None:

@@ -18,14 +18,14 @@ from attn_callbacks.functional.role_labels import ROLE_LABELS
 from attn_callbacks.functional.roles import ROLES
 from attn_callbacks.metrics.roles import HeadRolesResult
 from attn_callbacks.render import Picture, layer_head_grid
-from attn_callbacks.render.clusters import cluster_matrix
+from attn_callbacks.render.clusters import cluster_layout, cluster_matrix
 from attn_callbacks.render.roles import role_grid, role_timeline, short_layer_names
 
 __all__ = [
     "MONITORED",
     "append_roles",
     "change_text",
-    "cluster_picture",
+    "cluster_pictures",
     "monitored_scalars",
     "redundant_text",
     "role_pictures",
@@ -76,12 +76,17 @@ def redundant_text(clusters: HeadClusters) -> str:
     return f"{summary}\n\n{_listed(pairs)}" if pairs else summary
 
 
-def cluster_picture(clusters: HeadClusters, title: str) -> Callable[[], Picture]:
-    """Return what draws distances in the order of the tree."""
+def cluster_pictures(clusters: HeadClusters, when: str) -> dict[str, Callable[[], Picture]]:
+    """Return by tag what draws distances in the order of the tree, and heads in a plane."""
     arrays = (part.numpy() for part in (clusters.distances, clusters.row_labels(), clusters.linkage, clusters.order))
     distances, labels, linkage, order = arrays
-    names = clusters.head_names
-    return lambda: cluster_matrix(distances, labels, linkage, order, names=names, title=title)
+    names, places = clusters.head_names, np.array([clusters.layout[head].tolist() for head in clusters.heads])
+    title, plane = f"distances between heads, {when}", f"heads in a plane, {when}"
+    caption = f"near: the same keys; the plane shows {clusters.layout_share:.0%} of the spread"
+    return {
+        "roles/clusters": lambda: cluster_matrix(distances, labels, linkage, order, names=names, title=title),
+        "roles/cluster_layout": lambda: cluster_layout(places, labels, names=names, title=plane, caption=caption),
+    }
 
 
 def role_pictures(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attn_callbacks.batch import BatchSchema
 
-__all__ = ["Sample", "patch_grid", "read_samples"]
+__all__ = ["Sample", "find_tokenizer", "patch_grid", "read_samples"]
 
 _PREFIXES = (1, 0, 2, 5)
 """Tokens before the patches: a class token, none, class and distillation, class and four registers."""
@@ -71,6 +71,12 @@ def patch_grid(tokens: int, height_over_width: float) -> tuple[int, int, int] | 
         if rows and patches % rows == 0 and math.isclose(rows * rows, patches * height_over_width, rel_tol=0.1):
             return rows, patches // rows, prefix
     return None
+
+
+def find_tokenizer(module: Any, trainer: Any) -> Any:
+    """Return the ``tokenizer`` of the module or else of the data module, ``None`` if neither has one."""
+    owners = (module, getattr(trainer, "datamodule", None))
+    return next((found for owner in owners if (found := getattr(owner, "tokenizer", None)) is not None), None)
 
 
 def _texts(tokens: Tensor | Sequence[str], tokenizer: Any) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from attn_callbacks.callbacks._alignment_pairs import Pair, pairs_of
 from attn_callbacks.callbacks._alignment_sums import AlignmentSums
 from attn_callbacks.callbacks._loggers import log_point, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
+from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.capture.naming import call_name
@@ -149,10 +150,7 @@ class AlignmentMonitor(ValidationObserver):
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._sums = AlignmentSums(self.method, trainer.world_size)
         self._monitored = dict.fromkeys(MONITORED[0 if self.sure is not None else 4 :], np.nan) if self._fitting else {}
-        owners = (module, getattr(trainer, "datamodule", None))
-        self._tokenizer = next(
-            (own for owner in owners if (own := getattr(owner, "tokenizer", None)) is not None), None
-        )
+        self._tokenizer = find_tokenizer(module, trainer)
 
     def _detach(self) -> None:
         super()._detach()

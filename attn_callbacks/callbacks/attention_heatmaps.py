@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attn_callbacks._checks import at_least, name_list
+from attn_callbacks._checks import at_least, name_list, one_of
 from attn_callbacks.batch import BatchSchema
+from attn_callbacks.callbacks._frames import FRAMES, Frames, check_frames, frame_colours
 from attn_callbacks.callbacks._host import to_host
 from attn_callbacks.callbacks._layers import known_tokens, maps_per_sample
 from attn_callbacks.callbacks._loggers import log_point
 from attn_callbacks.callbacks._observer import ValidationObserver
-from attn_callbacks.callbacks._samples import Sample, patch_grid, read_samples
+from attn_callbacks.callbacks._samples import Sample, find_tokenizer, patch_grid, read_samples
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall, call_name
 from attn_callbacks.render import Picture, attention_heads, overlay
@@ -51,9 +52,12 @@ class AttentionHeatmaps(ValidationObserver):
         layers: Names or glob patterns of attention modules; ``None`` takes all.
         every_n_epochs: Draw after every n-th epoch.
         max_tokens: Longest side of a map; longer ones are pooled to it.
+        frames: What a frame's colour stands for: the number of the ``"head"``, or the ``"cluster"`` that ``HeadRoles``,
+            among the callbacks too, found at its last look (grey before that).
 
     Raises:
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or ``frames`` is another word.
+        MisconfigurationException: In ``setup``, for frames by cluster without a ``HeadRoles`` that looks for clusters.
         TypeError: If ``layers`` is a single string.
 
     Example:
@@ -68,22 +72,27 @@ class AttentionHeatmaps(ValidationObserver):
         layers: Sequence[str] | None = None,
         every_n_epochs: int = 1,
         max_tokens: int = 192,
+        frames: Frames = "head",
     ) -> None:
         super().__init__(schema, every_n_epochs)
         self.samples = at_least("samples", samples, 1)
         self.layers = None if layers is None else name_list("layers", layers)
         self.max_tokens = at_least("max_tokens", max_tokens, 1)
+        self.frames: Frames = one_of("frames", frames, FRAMES)
         self._recorder: QuietRecorder | None = None
+        self._trainer: Trainer | None = None
         self._tokenizer: Any = None
         self._clear()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        check_frames(self.frames, trainer, type(self).__name__)
         self._recorder = QuietRecorder(module, self.layers, self._draw, self._guard)
-        self._tokenizer = _tokenizer(module, trainer)
+        self._trainer = trainer
+        self._tokenizer = find_tokenizer(module, trainer)
 
     def _detach(self) -> None:
         super()._detach()
-        self._recorder = self._tokenizer = None
+        self._recorder = self._tokenizer = self._trainer = None
         self._clear()
 
     def _clear(self) -> None:
@@ -127,7 +136,8 @@ class AttentionHeatmaps(ValidationObserver):
             (maps, queries, keys, *relevance), copies = copies[: len(tensors)], copies[len(tensors) :]
             tag = f"attention/sample_{sample.number}/{call_name(call)}"
             title = f"{call_name(call)}, sample {sample.number}, epoch {self._epoch}"
-            self._pictures[tag] = self._heads(_Copies(maps, queries, keys, call.is_cross), sample, title)
+            colours = self._colours(call_name(call), len(maps))
+            self._pictures[tag] = self._heads(_Copies(maps, queries, keys, call.is_cross), sample, title, colours)
             if relevance and sample.image is not None:
                 draw = partial(overlay, sample.image, relevance[0].numpy())
                 self._pictures[f"{tag}/image"] = self._writer.submit(draw, sample.image.nbytes)
@@ -145,11 +155,17 @@ class AttentionHeatmaps(ValidationObserver):
         asked = [maps[0], call.query_valid[0], call.key_valid[0]]
         return [*asked, *_relevance(call, sample.image)] if is_whole and not call.is_cross else asked
 
-    def _heads(self, copies: _Copies, sample: Sample, title: str) -> Future[Picture]:
+    def _colours(self, layer: str, heads: int) -> Array | None:
+        if self.frames == "head" or self._trainer is None:
+            return None
+        return frame_colours(self.frames, self._trainer, [(layer, head) for head in range(heads)])
+
+    def _heads(self, copies: _Copies, sample: Sample, title: str, colours: Array | None) -> Future[Picture]:
         maps, rows, columns = self._map(copies, sample)
         # the same for every epoch, layer and head of a sample, so that a colour means the same weight in all of them
         high = min(1.0, 4 / math.sqrt(maps.shape[-1]))
-        draw = partial(attention_heads, maps, row_labels=rows, column_labels=columns, title=title, high=high)
+        draw = partial(attention_heads, maps, colours=colours, title=title, high=high)
+        draw = partial(draw, row_labels=rows, column_labels=columns)
         return self._writer.submit(draw, maps.nbytes)
 
     def _map(self, copies: _Copies, sample: Sample) -> tuple[Array, list[str] | None, list[str] | None]:
@@ -185,9 +201,3 @@ def _buckets(valid: Tensor, buckets: int) -> Tensor:
     """Which of the buckets that ``valid (tokens,)`` was pooled into hold a token and not only padding."""
     bucket = torch.arange(len(valid)) * buckets // len(valid)
     return torch.bincount(bucket[valid], minlength=buckets) > 0
-
-
-def _tokenizer(module: Any, trainer: Any) -> Any:
-    """Whoever holds the tokenizer, if anybody does: the module or the data module."""
-    owners = (module, getattr(trainer, "datamodule", None))
-    return next((tokenizer for owner in owners if (tokenizer := getattr(owner, "tokenizer", None)) is not None), None)

@@ -22,7 +22,7 @@ from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._paths_gradients import GradientMaps, Target, token_position
 from attn_callbacks.callbacks._paths_maps import LayerMaps, SampleMaps, one_stack, read_layer
 from attn_callbacks.callbacks._paths_result import AttentionPathsResult, TracedSample, trace
-from attn_callbacks.callbacks._samples import Sample, patch_grid, read_samples
+from attn_callbacks.callbacks._samples import Sample, find_tokenizer, patch_grid, read_samples
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.render import Picture, overlay
@@ -107,7 +107,7 @@ class AttentionPaths(ValidationObserver):
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self.result = None
-        self._tokenizer = _tokenizer(module, trainer)
+        self._tokenizer = find_tokenizer(module, trainer)
         if self.method == "rollout":
             self._recorder = QuietRecorder(module, self.layers, self._receive, self._guard)
         elif is_sharded(trainer):
@@ -226,9 +226,3 @@ def _drawn_paths(found: TracedSample, title: str) -> Picture:
     heads = np.array([[-1 if head is None else head for head in path.heads] for path in paths])
     weights = np.array([path.weight for path in paths])
     return token_paths(tokens, heads, weights, labels=found.labels, count=len(found.labels), title=title)
-
-
-def _tokenizer(module: Any, trainer: Any) -> Any:
-    """Whoever holds the tokenizer, if anybody does: the module or the data module."""
-    owners = (module, getattr(trainer, "datamodule", None))
-    return next((tokenizer for owner in owners if (tokenizer := getattr(owner, "tokenizer", None)) is not None), None)

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attn_callbacks._checks import at_least, name_list
+from attn_callbacks._checks import at_least, name_list, one_of
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._error_gallery import WorstSamples, worst_of_all
 from attn_callbacks.callbacks._error_outcome import Outcome, read_outcome, sample_fields
@@ -20,8 +21,10 @@ from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSam
 from attn_callbacks.callbacks._error_step import ErrorStep
 from attn_callbacks.callbacks._error_sums import ErrorSums, gathered
 from attn_callbacks.callbacks._error_text import error_text
+from attn_callbacks.callbacks._frames import FRAMES, Frames, check_frames, frame_colours
 from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
+from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.functional import STATISTICS
@@ -63,9 +66,12 @@ class ErrorAnalysis(ValidationObserver):
         heads: Heads shown of each sample.
         max_tokens: Longest side of a map in the gallery; longer ones are pooled to it.
         seed: Seed of the drawn rows.
+        frames: What a frame's colour stands for in the gallery: the number of the ``"head"``, or the ``"cluster"`` that
+            ``HeadRoles``, which has to stand before it, found.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small, or ``frames`` is another word.
+        MisconfigurationException: In ``setup``, for frames by cluster without a ``HeadRoles`` that looks for clusters.
         TypeError: If ``layers`` or ``classes`` is a single string.
 
     Example:
@@ -87,6 +93,7 @@ class ErrorAnalysis(ValidationObserver):
         heads: int = 12,
         max_tokens: int = 128,
         seed: int = 0,
+        frames: Frames = "head",
     ) -> None:
         super().__init__(schema, every_n_epochs, every_n_batches)
         self.layers = None if layers is None else name_list("layers", layers)
@@ -96,6 +103,7 @@ class ErrorAnalysis(ValidationObserver):
         self.heads = at_least("heads", heads, 1)
         self.max_tokens = at_least("max_tokens", max_tokens, 1)
         self.seed = seed
+        self.frames: Frames = one_of("frames", frames, FRAMES)
         self.result: ErrorAnalysisResult | None = None
         self._recorder: QuietRecorder | None = None
         self._tokenizer: Any = None
@@ -104,12 +112,11 @@ class ErrorAnalysis(ValidationObserver):
         self._clear()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        check_frames(self.frames, trainer, type(self).__name__)
         self.result, self._has_logits = None, False
         self._is_distributed = trainer.world_size > 1 and torch.distributed.is_initialized()
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
-        owners = (module, getattr(trainer, "datamodule", None))
-        found = (getattr(owner, "tokenizer", None) for owner in owners)
-        self._tokenizer = next((tokenizer for tokenizer in found if tokenizer is not None), None)
+        self._tokenizer = find_tokenizer(module, trainer)
 
     def _detach(self) -> None:
         super()._detach()
@@ -213,10 +220,10 @@ class ErrorAnalysis(ValidationObserver):
         pictures: dict[str, Future[Picture]] = {
             tag: self._writer.submit(draw) for tag, draw in effect_pictures(result).items()
         }
-        shown = result.ranking(self.heads)
+        shown, colours = result.ranking(self.heads), partial(frame_colours, self.frames, trainer)
         for kind in ("worst", "confident"):
             for place, sample in enumerate(getattr(result, kind)):
-                draw, size = sample_picture(result, sample, shown, f"{kind} {place}")
+                draw, size = sample_picture(result, sample, shown, f"{kind} {place}", colours)
                 pictures[f"errors/{kind}/{place}"] = self._writer.submit(draw, size)
                 over = sample_overlay(result, sample, shown)
                 if over is not None:

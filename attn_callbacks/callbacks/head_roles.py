@@ -32,6 +32,7 @@ from attn_callbacks.callbacks._roles_log import (
 from attn_callbacks.callbacks._roles_memory import HeadMemory
 from attn_callbacks.callbacks._roles_sums import RoleSums
 from attn_callbacks.callbacks._roles_timeline import RoleChange, RoleTimeline
+from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall, call_name
 from attn_callbacks.metrics.roles import HeadRolesResult
@@ -54,8 +55,9 @@ class HeadRoles(ValidationObserver):
     ``roles/drift_by_head``, the text ``roles/changes``, the share of heads with each label (``roles/<label>``) and, for
     monitors too, means over heads: ``roles/short_range_mass`` (at most 4 tokens away), ``roles/long_range_mass`` (more
     than a quarter of the sequence) and ``roles/drift``. With scipy also ``roles/clusters`` (distances in the order of
-    their tree) and ``roles/redundant`` (pairs that look alike). ``attention/head_roles.csv`` in the run's folder has a
-    row a head. The numbers are in ``result``, ``drift``, ``changes``, ``timeline`` and ``head_clusters``.
+    their tree), ``roles/cluster_layout`` (heads in a plane) and ``roles/redundant`` (pairs that look alike).
+    ``attention/head_roles.csv`` in the run's folder has a row a head. The numbers are in ``result``, ``drift``,
+    ``changes``, ``timeline`` and ``head_clusters``.
 
     Drift is the Jensen-Shannon distance of a head to itself at the last look, on fixed samples, from 0 to 1. Their
     weights stay on the CPU from one look to the next, as float32 and at most 8 MiB a layer (twice that while two looks
@@ -160,8 +162,7 @@ class HeadRoles(ValidationObserver):
         self._monitored = dict.fromkeys(MONITORED, np.nan) if self._fitting else {}
         if self._fitting:
             self._history = RoleTimeline(self.margin)  # a checkpoint is read after this
-        owners = (module, getattr(trainer, "datamodule", None))
-        tokenizer = next((own for owner in owners if (own := getattr(owner, "tokenizer", None)) is not None), None)
+        tokenizer = find_tokenizer(module, trainer)
         special = token_ids(self.special, tokenizer, "all_special_ids")
         separator = token_ids(self.separator, tokenizer, "sep_token_id")
         grid = None if self.grid is None else (self.grid[0], self.grid[1], self.grid[2])

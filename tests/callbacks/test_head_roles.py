@@ -101,7 +101,7 @@ def test_hand_made_heads_get_their_labels(tmp_path: Path) -> None:
     assert roles.result.names() == [["previous", "uniform", "sink"]]
     assert roles.result.wins.sum() == 16 * 3
     assert roles.result.layer_names == ("net",)
-    assert pictures(tmp_path) == {"roles/labels_step1.png", "roles/clusters_step1.png"}
+    assert pictures(tmp_path) == {f"roles/{name}_step1.png" for name in ("labels", "clusters", "cluster_layout")}
     (entry,) = roles.timeline
     assert entry["labels"] == roles.result.names()
     assert roles.changes == []
