@@ -35,7 +35,7 @@ NAMES = (
 )
 """The tables with goals, in the order in which they are run; each is a module of this package."""
 
-ON_DEMAND = ("losses",)
+ON_DEMAND = ("losses", "observers")
 """Tables that are run only by name."""
 
 
