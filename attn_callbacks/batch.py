@@ -14,7 +14,7 @@ __all__ = ["BatchSchema"]
 Reader = Callable[[Any], Any] | int | str | None
 
 _KEYS: dict[str, tuple[str, ...]] = {
-    "inputs": ("inputs", "input_ids", "pixel_values", "input_values", "input_features", "x"),
+    "inputs": ("inputs", "input_ids", "pixel_values", "images", "image", "input_values", "input_features", "x"),
     "target": ("labels", "label", "target", "targets", "y"),
     "logits": ("logits",),
     "valid": ("attention_mask",),
@@ -43,7 +43,7 @@ class BatchSchema:
         tokens: Token ids ``(samples, tokens)``, or a list of strings for each sample.
         image: Pictures, ``(samples, channels, height, width)``.
         relevance: ``True`` on tokens that should decide, ``(samples, tokens)``, or on such pixels, ``(samples, height,
-            width)``.
+            width)``: of pixels, the patches that lie among them as a whole count. Mark tokens where that loses some.
         spurious: ``True`` on tokens or pixels that must not decide, likewise.
         group: Index of the group of each sample, ``(samples,)``.
         sets: Further token sets by name, each ``True`` on its tokens, ``(samples, tokens)``: names, hashtags, a region.

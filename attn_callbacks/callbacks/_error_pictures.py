@@ -59,7 +59,6 @@ def sample_picture(
     shown = [each for each in maps if each[2].shape == maps[0][2].shape] or [(0, 0, torch.zeros(1, 1))]
     stacked = torch.stack([each[2] for each in shown]).float().numpy()
     queries, keys = stacked.shape[1:]
-    target, predicted = (_class(result, number) for number in (sample.target, sample.predicted))
     labels = list(sample.labels)
     draw = partial(
         attention_heads,
@@ -68,14 +67,14 @@ def sample_picture(
         column_labels=labels if len(labels) == keys else None,
         colours=colours([(result.layer_names[layer], head) for layer, head, _ in shown]),
         titles=[f"{layer}.{head}" for layer, head, _ in shown],
-        title=f"{name}: {target}, predicted {predicted} ({sample.confidence:.2f}), loss {sample.loss:.2f} (layer.head)",
+        title=f"{_title(result, sample, name)} (layer.head)",
         high=min(1.0, 4 / keys**0.5),
     )
     return draw, stacked.nbytes
 
 
 def sample_overlay(
-    result: ErrorAnalysisResult, sample: WrongSample, heads: Sequence[tuple[int, int]]
+    result: ErrorAnalysisResult, sample: WrongSample, heads: Sequence[tuple[int, int]], name: str
 ) -> Callable[[], Picture] | None:
     """Return what lays the attention of a sample's class token in some heads over its image; ``None`` if none fits.
 
@@ -93,7 +92,7 @@ def sample_overlay(
     mean = torch.stack(square).mean(dim=0)
     patches = (mean[0] if prefix else mean.mean(dim=0))[prefix:].view(rows, columns)
     picture = read_samples(BatchSchema(), {"pixel_values": sample.image[None]}, None, 1)[0].image
-    return None if picture is None else partial(overlay, picture, patches.numpy())
+    return None if picture is None else partial(overlay, picture, patches.numpy(), title=_title(result, sample, name))
 
 
 def read_entry(entry: Entry, layers: Sequence[str], tokenizer: Any) -> WrongSample:
@@ -144,6 +143,12 @@ def _real(valid: Tensor, buckets: int) -> Tensor:
         return valid
     bucket = torch.arange(len(valid)) * buckets // len(valid)
     return torch.bincount(bucket[valid], minlength=buckets) > 0
+
+
+def _title(result: ErrorAnalysisResult, sample: WrongSample, name: str) -> str:
+    target, predicted = (_class(result, number) for number in (sample.target, sample.predicted))
+    told = f"{target}, predicted {predicted} ({sample.confidence:.2f}), loss {sample.loss:.2f}"
+    return f"{name}, sample {sample.number}: {told}"
 
 
 def _class(result: ErrorAnalysisResult, number: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSample
 
@@ -23,9 +23,8 @@ def _lines(result: ErrorAnalysisResult) -> Iterator[str]:
     yield from _differences(result)
     for title, samples in (("highest loss", result.worst), ("most confident and wrong", result.confident)):
         if samples:
-            yield from ("", f"**Samples: {title}**", "", "| sample | loss | class | predicted | with | text |")
-            yield "|---:|---:|---|---|---:|---|"
-            yield from (_sample(sample, result.class_names) for sample in samples)
+            yield from ("", f"**Samples: {title}**", "")
+            yield from _sample_table(samples, result.class_names)
 
 
 def _differences(result: ErrorAnalysisResult) -> Iterator[str]:
@@ -57,10 +56,21 @@ def _differences(result: ErrorAnalysisResult) -> Iterator[str]:
         yield f"\nThe {_MOST_ROWS} largest of {len(found)} are shown."
 
 
-def _sample(sample: WrongSample, classes: tuple[str, ...]) -> str:
-    target, predicted = (_cell(classes[n]) if n < len(classes) else str(n) for n in (sample.target, sample.predicted))
-    text = _cell(" ".join(sample.labels[:_MOST_ROWS])) + (" …" if len(sample.labels) > _MOST_ROWS else "")
-    return f"| {sample.number} | {sample.loss:.3g} | {target} | {predicted} | {sample.confidence:.3f} | {text} |"
+def _sample_table(samples: Sequence[WrongSample], classes: tuple[str, ...]) -> Iterator[str]:
+    texts = any(sample.labels for sample in samples)  # images have none
+    yield "| sample | loss | class | predicted | with |" + " text |" * texts
+    yield "|---:|---:|---|---|---:|" + "---|" * texts
+    for sample in samples:
+        told = (_cell(classes[n]) if n < len(classes) else str(n) for n in (sample.target, sample.predicted))
+        text = _cell(" ".join(sample.labels[:_MOST_ROWS])) + " …" * (len(sample.labels) > _MOST_ROWS)
+        cells = [
+            str(sample.number),
+            f"{sample.loss:.3g}",
+            *told,
+            f"{sample.confidence:.3f}",
+            *([text] if texts else []),
+        ]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _cell(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from attn_callbacks.analysis.interaction import HeadInteractions, HeadPair
 from attn_callbacks.callbacks._importance_study import HeadStudy
 from attn_callbacks.render import Picture, layer_head_grid
+from attn_callbacks.render.layers import short_layer_names
 from attn_callbacks.render.pairs import pair_matrix
 
 __all__ = ["study_drawings", "study_scalars", "study_text"]
@@ -66,21 +67,10 @@ def _tables(study: HeadStudy) -> Iterator[tuple[str, Tensor, bool]]:
 def _pairs(found: HeadInteractions, epoch: int) -> Picture:
     sizes = [sum(layer == name for layer, _ in found.heads) for name in found.layer_names]
     title = f"interaction of heads ({found.method}), epoch {epoch}"
-    names = _short(found.layer_names)
+    names = short_layer_names(found.layer_names)
     return pair_matrix(
         found.interaction.numpy(), title=title, caption=_CAPTION, parts=sizes, part_labels=names, diverging=True
     )
-
-
-def _short(names: Sequence[str]) -> list[str]:
-    """Return the names without the path that all of them begin or end with."""
-    paths = [name.split(".") for name in names]
-    while len(names) > 1 and all(len(path) > 1 for path in paths) and len({path[0] for path in paths}) == 1:
-        paths = [path[1:] for path in paths]
-    while len(names) > 1 and all(len(path) > 1 for path in paths) and len({path[-1] for path in paths}) == 1:
-        paths = [path[:-1] for path in paths]
-    rests = [".".join(path) for path in paths]
-    return [f"layer {rest}" if rest.isdecimal() else rest for rest in rests]
 
 
 def _removable(study: HeadStudy, rise: float) -> Iterator[str]:

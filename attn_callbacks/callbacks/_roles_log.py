@@ -19,7 +19,8 @@ from attn_callbacks.functional.roles import ROLES
 from attn_callbacks.metrics.roles import HeadRolesResult
 from attn_callbacks.render import Picture, layer_head_grid
 from attn_callbacks.render.clusters import cluster_layout, cluster_matrix
-from attn_callbacks.render.roles import role_grid, role_timeline, short_layer_names
+from attn_callbacks.render.layers import short_layer_names
+from attn_callbacks.render.roles import role_grid, role_timeline
 
 __all__ = [
     "MONITORED",

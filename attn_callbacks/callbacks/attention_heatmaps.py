@@ -139,7 +139,7 @@ class AttentionHeatmaps(ValidationObserver):
             colours = self._colours(call_name(call), len(maps))
             self._pictures[tag] = self._heads(_Copies(maps, queries, keys, call.is_cross), sample, title, colours)
             if relevance and sample.image is not None:
-                draw = partial(overlay, sample.image, relevance[0].numpy())
+                draw = partial(overlay, sample.image, relevance[0].numpy(), title=title)
                 self._pictures[f"{tag}/image"] = self._writer.submit(draw, sample.image.nbytes)
 
     def _asked(self, call: AttentionCall, sample: Sample, is_whole: bool) -> list[Tensor]:

@@ -42,10 +42,10 @@ _METHODS: tuple[Method, ...] = ("rollout", "relevance", "gradient_rollout")
 class AttentionPaths(ValidationObserver):
     """Follow attention through all layers, back from one token to the inputs, on fixed validation samples.
 
-    An observer: training is bit-identical with and without it. ``paths/<sample>/tokens`` draws the sample's text with
-    every token in the colour of what it gave, ``paths/<sample>/paths`` the strongest paths through single heads, and
-    for images ``paths/<sample>/image`` lays what patches gave over the image. :attr:`result` keeps the numbers, also
-    without a logger.
+    An observer: training is bit-identical with and without it. ``paths/<method>/<sample>/tokens`` draws the sample's
+    text with every token in the colour of what it gave, ``paths/<method>/<sample>/paths`` the strongest paths through
+    single heads, and for images ``paths/<method>/<sample>/image`` lays what patches gave over the image.
+    :attr:`result` keeps the numbers, also without a logger.
 
     ``"rollout"`` multiplies attention maps of the normal validation pass and knows of no class. ``"relevance"`` (Chefer
     et al.) and ``"gradient_rollout"`` ask what speaks for one class: the network runs again on the samples, with
@@ -175,7 +175,7 @@ class AttentionPaths(ValidationObserver):
     def _trace(self, sample: Sample, target: int | None, maps: SampleMaps) -> None:
         token = None if self.token is None else int(maps.real[: token_position(maps.real, self.token)].sum())
         values, paths = trace(maps, self.method, token, self.paths)
-        labels = sample.labels(maps.real) or [str(place) for place in maps.real.nonzero()[:, 0].tolist()]
+        labels = sample.labels(maps.real) or _places(_grid(sample, maps.real), maps.real)
         with torch.inference_mode(False):  # for whoever computes with it later
             values = values.clone()
         found = TracedSample(sample.number, tuple(labels), token, target, values, paths)
@@ -183,12 +183,11 @@ class AttentionPaths(ValidationObserver):
         self._draw(found, sample, maps.real)
 
     def _draw(self, found: TracedSample, sample: Sample, real: Tensor) -> None:
-        tag, title = f"paths/sample_{found.number}", self._title(found)
-        values = found.values.numpy()
-        grid = None if sample.image is None else patch_grid(len(real), sample.image.shape[0] / sample.image.shape[1])
-        if sample.image is not None and grid is not None and bool(real.all()):
+        tag, title = f"paths/{self.method}/sample_{found.number}", self._title(found)
+        values, grid = found.values.numpy(), _grid(sample, real)
+        if sample.image is not None and grid is not None:
             patches = values[grid[2] :].reshape(grid[:2])
-            draw = partial(overlay, sample.image, patches)
+            draw = partial(overlay, sample.image, patches, title=title)
             self._pictures[f"{tag}/image"] = self._writer.submit(draw, sample.image.nbytes)
         else:
             draw = partial(token_strip, values, found.labels, target=found.token, title=title)
@@ -208,6 +207,22 @@ class AttentionPaths(ValidationObserver):
                     self.result = AttentionPathsResult(self.method, self._epoch, self._names, tuple(self._traced))
                 log_point(trainer, self._writer, self._folder, self._pictures)
         self._clear()
+
+
+def _grid(sample: Sample, real: Tensor) -> tuple[int, int, int] | None:
+    """Return rows, columns and class tokens of the patches of an image, if that is what the tokens are."""
+    if sample.image is None or not bool(real.all()):
+        return None
+    return patch_grid(len(real), sample.image.shape[0] / sample.image.shape[1])
+
+
+def _places(grid: tuple[int, int, int] | None, real: Tensor) -> list[str]:
+    """Name tokens that have no text: by row and column, or by number."""
+    if grid is None:
+        return [str(place) for place in real.nonzero()[:, 0].tolist()]
+    rows, columns, prefix = grid
+    ahead = ["class"] if prefix == 1 else [f"class {number}" for number in range(prefix)]
+    return [*ahead, *(f"{row},{column}" for row in range(rows) for column in range(columns))]
 
 
 def _of_sample(stack: Sequence[LayerMaps], place: int) -> SampleMaps:

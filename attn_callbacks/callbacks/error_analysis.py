@@ -225,7 +225,7 @@ class ErrorAnalysis(ValidationObserver):
             for place, sample in enumerate(getattr(result, kind)):
                 draw, size = sample_picture(result, sample, shown, f"{kind} {place}", colours)
                 pictures[f"errors/{kind}/{place}"] = self._writer.submit(draw, size)
-                over = sample_overlay(result, sample, shown)
+                over = sample_overlay(result, sample, shown, f"{kind} {place}")
                 if over is not None:
                     pictures[f"errors/{kind}/{place}/image"] = self._writer.submit(over, size)
         found = result.differences()

@@ -15,7 +15,7 @@ from attn_callbacks.render.layout import MAX_WIDTH
 from attn_callbacks.render.matrix import draw_cells, fits, shades
 from attn_callbacks.render.picture import Picture
 
-__all__ = ["layer_head_grid"]
+__all__ = ["layer_head_grid", "shared_path", "short_layer_names"]
 
 LABEL_ROOM = 240  # longest layer name in pixels
 HEAD_NUMBERS = 20  # height of the line with the numbers of the heads
@@ -57,7 +57,7 @@ def layer_head_grid(
         raise ValueError(f"`values` must hold at least one value, got shape {numbers.shape}.")
     if layer_labels is not None and len(layer_labels) != layers:
         raise ValueError(f"`layer_labels` must hold one entry per layer ({layers}), got {len(layer_labels)}.")
-    names, shared = _names(layer_labels, layers)
+    names, shared = short_layer_names(layer_labels, layers), shared_path(layer_labels)
     caption = "rows: layers" + (f" {shared}" if shared else "") + ", columns: heads"
     room = widest([*names, "head"], SMALL, LABEL_ROOM) + 8
     texts = _numbers(numbers)
@@ -72,6 +72,44 @@ def layer_head_grid(
     draw_cells(canvas, top, left, colours, cell, texts=texts if fits(texts, cell) else (), absent=~np.isfinite(numbers))
     _draw_names(canvas, top, left, names, heads, cell)
     return Picture(canvas.pixels)
+
+
+def short_layer_names(labels: Sequence[str] | None, layers: int | None = None) -> list[str]:
+    """Return the names of layers without the path that all of them share.
+
+    Args:
+        labels: Names of the layers; ``None`` numbers them.
+        layers: How many there are, where they have no names.
+
+    Example:
+        >>> short_layer_names(["encoder.layer.0.self", "encoder.layer.1.self"])
+        ['layer 0', 'layer 1']
+    """
+    if labels is None:
+        return [f"layer {layer}" for layer in range(layers or 0)]
+    ahead, behind = _shared(labels)
+    if not ahead + behind:
+        return list(labels)
+    names = [".".join((path := label.split("."))[ahead : len(path) - behind]) for label in labels]
+    return [f"layer {name}" if name.isdecimal() else name for name in names]
+
+
+def shared_path(labels: Sequence[str] | None) -> str:
+    """Return the path that the names of all layers share, with a star in the place of the rest; empty for none."""
+    ahead, behind = (0, 0) if labels is None else _shared(labels)
+    if labels is None or not ahead + behind:
+        return ""
+    path = labels[0].split(".")
+    return ".".join([*path[:ahead], "*", *path[len(path) - behind :]])
+
+
+def _shared(labels: Sequence[str]) -> tuple[int, int]:
+    """Return how many parts all names have in common in front and behind, none if a name has no others."""
+    paths = [label.split(".") for label in labels]
+    ahead = _common(paths)
+    behind = _common([path[ahead:][::-1] for path in paths])
+    told = len(paths) > 1 and all(len(path) > ahead + behind for path in paths)
+    return (ahead, behind) if told else (0, 0)
 
 
 def _ends(values: NDArray[np.float64], low: float | None, high: float | None, diverging: bool) -> tuple[float, float]:
@@ -99,21 +137,6 @@ def _numbers(values: NDArray[np.float64]) -> list[list[str]]:
     decimals = min(4, max(0, 2 - floor(log10(largest)))) if largest else 0
     decimals = min(decimals, 2) if largest >= 0.1 else decimals
     return [[f"{value:.{decimals}f}" if np.isfinite(value) else "" for value in line] for line in values]
-
-
-def _names(labels: Sequence[str] | None, layers: int) -> tuple[list[str], str]:
-    """Return the layers' names without the path they share, and that path with a star in their place."""
-    if labels is None:
-        return [f"layer {layer}" for layer in range(layers)], ""
-    paths = [label.split(".") for label in labels]
-    ahead = _common(paths)
-    behind = _common([path[ahead:][::-1] for path in paths])
-    rests = [path[ahead : len(path) - behind] for path in paths]
-    if layers == 1 or not all(rests) or not ahead + behind:
-        return list(labels), ""
-    shared = [*paths[0][:ahead], "*", *paths[0][len(paths[0]) - behind :]]
-    names = [".".join(rest) for rest in rests]
-    return [f"layer {name}" if name.isdecimal() else name for name in names], ".".join(shared)
 
 
 def _common(paths: list[list[str]]) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_callbacks._checks import check_axes, in_range
+from attn_callbacks.render.canvas import MARGIN, Canvas, header_height, header_width
 from attn_callbacks.render.matrix import shades
 from attn_callbacks.render.palettes import sequential
 from attn_callbacks.render.picture import Picture
@@ -18,7 +19,11 @@ SMALLEST, LARGEST, GAP = 256, 768, 8  # pixels of the longer side, and between t
 
 
 def overlay(
-    image: NDArray[np.uint8] | NDArray[np.floating], relevance: NDArray[np.floating], *, strength: float = 0.6
+    image: NDArray[np.uint8] | NDArray[np.floating],
+    relevance: NDArray[np.floating],
+    *,
+    strength: float = 0.6,
+    title: str = "",
 ) -> Picture:
     r"""Draw an image, and beside it the same image with relevance as light: what counts shines, the rest dims.
 
@@ -27,6 +32,7 @@ def overlay(
             images that were normalised for a network. Small images are enlarged, large ones shrunk.
         relevance: Relevance of each patch, from zero; the largest is the brightest. NaN counts as zero.
         strength: Share of the light in the mixture, from 0 (image only) to 1 (relevance only).
+        title: Heading of the picture; with one, a colour bar says what the brightest light stands for.
 
     Shape:
         - image: ``(height, width, 3)``, ``(height, width, 1)`` or ``(height, width)``
@@ -50,7 +56,18 @@ def overlay(
     mixed = (1 - strength) * base + strength * shades(share, 0.0, 1.0, sequential()) / 255
     pair = np.ones((height, 2 * width + GAP, 3))
     pair[:, :width], pair[:, width + GAP :] = colours, mixed
-    return Picture((pair * 255).round().clip(0, 255).astype(np.uint8))
+    pixels = (pair * 255).round().clip(0, 255).astype(np.uint8)
+    return Picture(_titled(pixels, title, float(light.max())) if title else pixels)
+
+
+def _titled(pixels: NDArray[np.uint8], title: str, most: float) -> NDArray[np.uint8]:
+    """Put a heading and a colour bar above the pictures."""
+    top, (height, width) = header_height(title), pixels.shape[:2]
+    caption = "of a patch; the brightest is the largest here"
+    canvas = Canvas(top + height + MARGIN, max(width + 2 * MARGIN, header_width(title, caption)))
+    canvas.header(title, caption, sequential(), (0.0, most))
+    canvas.pixels[top : top + height, MARGIN : MARGIN + width] = pixels
+    return canvas.pixels
 
 
 def _as_colours(image: NDArray[np.uint8] | NDArray[np.floating]) -> NDArray[np.float64]:

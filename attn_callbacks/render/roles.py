@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from attn_callbacks._checks import check_axes
 from attn_callbacks.render.canvas import GREY, MARGIN, SMALL, Canvas, widest
-from attn_callbacks.render.layers import _names
+from attn_callbacks.render.layers import shared_path, short_layer_names
 from attn_callbacks.render.layout import MAX_WIDTH
 from attn_callbacks.render.matrix import draw_cells, fits
 from attn_callbacks.render.palettes import head_colours
 from attn_callbacks.render.picture import Picture
 from attn_callbacks.render.text import text_width
 
-__all__ = ["role_colours", "role_grid", "role_timeline", "short_layer_names"]
+__all__ = ["role_colours", "role_grid", "role_timeline"]
 
 ABBREVIATIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -64,16 +64,6 @@ def role_colours(labels: NDArray[np.integer], names: Sequence[str]) -> NDArray[n
     return np.asarray(palette[np.asarray(labels)])
 
 
-def short_layer_names(labels: Sequence[str]) -> list[str]:
-    """Return the names of layers without what all of them share.
-
-    Example:
-        >>> short_layer_names(["encoder.layer.0.self", "encoder.layer.1.self"])
-        ['layer 0', 'layer 1']
-    """
-    return _names(labels, len(labels))[0]
-
-
 def role_grid(
     labels: NDArray[np.integer],
     names: Sequence[str],
@@ -104,7 +94,7 @@ def role_grid(
         b'\x89PNG'
     """
     labels = _checked(labels, names, ("layer_labels", layer_labels))
-    rows, shared = _names(layer_labels, len(labels))
+    rows, shared = short_layer_names(layer_labels, len(labels)), shared_path(layer_labels)
     texts = _abbreviated(labels, names)
     if strength is not None:
         numbers = np.asarray(strength, np.float64)

@@ -117,15 +117,19 @@ def test_long_sequences_are_pooled_and_keep_their_sums(drawn: list[dict[str, Any
 
 
 def test_class_token_is_laid_over_the_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    seen: list[tuple[np.ndarray, np.ndarray, str]] = []
     render = attention_heatmaps.overlay
-    monkeypatch.setattr(
-        attention_heatmaps, "overlay", lambda image, map: seen.append((image, map)) or render(image, map)
-    )
+
+    def keep(image: np.ndarray, map: np.ndarray, title: str) -> Any:
+        seen.append((image, map, title))
+        return render(image, map, title=title)
+
+    monkeypatch.setattr(attention_heatmaps, "overlay", keep)
     module = Classifier(Vit())
     trainer = quiet_trainer(tmp_path, [AttentionHeatmaps(samples=1)], logger=csv_logger(tmp_path))
     fit(module, trainer, pair_loader(16, images=True), pair_loader(8, seed=1, images=True))
-    image, relevance = seen[-1]
+    image, relevance, title = seen[-1]
+    assert title == "net.encoder.layers.1.self_attn, sample 0, epoch 0"
     assert image.shape == (16, 16, 3)
     assert (image.min(), image.max()) == (0.0, 1.0)
     assert relevance.shape == (4, 4)

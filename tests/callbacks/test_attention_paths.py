@@ -193,7 +193,7 @@ def test_frozen_layers_have_gradients_and_keep_their_flags(tmp_path: Path) -> No
 def test_pictures_reach_the_logger(method: str, tmp_path: Path) -> None:
     validated(Classifier(), tmp_path, samples=2, method=method)
     names = {str(path.relative_to(tmp_path / "run")) for path in tmp_path.glob("**/*.png")}
-    assert names == {f"paths/sample_{n}/{part}_step0.png" for n in (0, 1) for part in ("tokens", "paths")}
+    assert names == {f"paths/{method}/sample_{n}/{part}_step0.png" for n in (0, 1) for part in ("tokens", "paths")}
 
 
 @every_method

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn_callbacks.render import confusion_picture, diverging, layer_head_grid, sequential
-from attn_callbacks.render.layers import _names, _numbers
+from attn_callbacks.render.layers import _numbers, shared_path, short_layer_names
 from attn_callbacks.render.matrix import shades
 from tests.render.decoding import decoded, has
 
@@ -75,13 +75,12 @@ def test_printed_numbers(values, printed):
 
 def test_what_layer_names_share_moves_to_the_caption():
     names = [f"bert.encoder.layer.{index}.attention.self" for index in range(3)]
-    assert _names(names, 3) == (["layer 0", "layer 1", "layer 2"], "bert.encoder.layer.*.attention.self")
-    assert _names(["a.self", "a.cross"], 2) == (["self", "cross"], "a.*")
-    assert _names(["x", "y"], 2) == (["x", "y"], "")
-    assert _names(["only.one"], 1) == (["only.one"], "")
-    assert _names(["a.b", "a.b.c"], 2) == (["a.b", "a.b.c"], "")
-    assert _names(["same", "same"], 2) == (["same", "same"], "")
-    assert _names(None, 2) == (["layer 0", "layer 1"], "")
+    assert short_layer_names(names) == ["layer 0", "layer 1", "layer 2"]
+    assert shared_path(names) == "bert.encoder.layer.*.attention.self"
+    assert (short_layer_names(["a.self", "a.cross"]), shared_path(["a.self", "a.cross"])) == (["self", "cross"], "a.*")
+    for unlike in (["x", "y"], ["only.one"], ["a.b", "a.b.c"], ["same", "same"]):
+        assert (short_layer_names(unlike), shared_path(unlike)) == (unlike, "")
+    assert (short_layer_names(None, 2), shared_path(None)) == (["layer 0", "layer 1"], "")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 64), (48, 64), (100, 1), (12, 12)])

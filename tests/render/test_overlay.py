@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attn_callbacks.render import overlay, sequential
+from attn_callbacks.render.canvas import MARGIN
 from attn_callbacks.render.overlay import _spread
 from tests.render.decoding import decoded
 
@@ -84,3 +85,13 @@ def test_checks():
         overlay(np.zeros((8, 8)), np.ones(4))
     with pytest.raises(ValueError, match=r"`strength` must lie between 0.0 and 1.0, got 2"):
         overlay(np.zeros((8, 8)), np.ones((2, 2)), strength=2)
+
+
+def test_a_title_states_what_the_brightest_light_is():
+    image, relevance = np.full((64, 64, 3), 0.5), np.diag([0.125, 0.0625])
+    plain, titled = decoded(overlay(image, relevance)), decoded(overlay(image, relevance, title="sample 3"))
+    top, left = titled.shape[0] - plain.shape[0] - MARGIN, MARGIN
+    np.testing.assert_array_equal(titled[top : top + plain.shape[0], left : left + plain.shape[1]], plain)
+    other = decoded(overlay(image, 2 * relevance, title="sample 3"))
+    np.testing.assert_array_equal(other[top:], titled[top:])  # the same light
+    assert (other[:top] != titled[:top]).any()  # and another number at the end of the bar

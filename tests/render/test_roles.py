@@ -7,6 +7,7 @@ import pytest
 
 from attn_callbacks.functional.role_labels import ROLE_LABELS
 from attn_callbacks.render import head_colours
+from attn_callbacks.render.layers import short_layer_names
 from attn_callbacks.render.layout import MAX_WIDTH
 from attn_callbacks.render.roles import (
     ABBREVIATIONS,
@@ -15,7 +16,6 @@ from attn_callbacks.render.roles import (
     role_colours,
     role_grid,
     role_timeline,
-    short_layer_names,
 )
 from attn_callbacks.render.text import text_width
 
