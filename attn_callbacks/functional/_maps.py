@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from attn_callbacks.functional._precision import full_precision
 from attn_callbacks.functional._scores import PatternScores
 
-__all__ = ["Maps", "full_precision"]
+__all__ = ["Maps", "measured", "of_one_head"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,84 +20,74 @@ class Maps:
     """Maps of which uniform attention over the allowed keys is the measure.
 
     Every measure gives the `PatternScores` of the maps; what they are compared with is the same measure of uniform
-    attention. ``some`` is 1 where nothing depends on the sample, or on the head.
+    attention. A row without any weight is no data of its head; the other heads keep theirs.
 
     Args:
-        weights: float32 ``(batch, heads, rows, keys)``, zero where a query may not attend.
-        pairs: What may attend, bool ``(batch or 1, some heads, rows or 1, keys)``.
-        wanted: Rows asked for, bool ``(batch or 1, some heads, rows or 1)``.
+        weights: float32 ``(batch, heads, rows, keys)``, zero for other pairs and rows: `counted` sees to it.
+        pairs: What may attend, bool ``(batch or 1, 1, rows or 1, keys)``.
     """
 
     weights: Tensor
     pairs: Tensor
-    wanted: Tensor
+
+    @classmethod
+    def counted(cls, weights: Tensor, pairs: Tensor, wanted: Tensor) -> Maps:
+        """Leave out whatever stands in pairs that may not attend, and in rows not ``wanted``: NaN times zero is NaN."""
+        return cls(weights.where(pairs & wanted[..., None], 0.0).float(), pairs)
 
     @cached_property
     def rows(self) -> Tensor:
-        """Rows that are data, ``(batch, some heads, rows)``: wanted, with an allowed key, not zero in all heads."""
-        attends = (self.weights.sum(dim=-1) != 0).any(dim=1, keepdim=True)
-        return attends & self.wanted & self.pairs.any(dim=-1)
+        """1 for the rows that are data, ``(batch, heads, rows)``."""
+        return (self.weights.sum(dim=-1) != 0).to(self.weights.dtype)
 
     @cached_property
     def total(self) -> Tensor:
-        """Number of rows that are data, ``(batch, some heads)``."""
+        """Number of rows that are data, ``(batch, heads)``."""
         return self.rows.sum(dim=-1)
 
     @cached_property
     def level(self) -> Tensor:
-        """Weight that uniform attention gives to each allowed key, ``(batch, some heads, rows)``; 0 for other rows."""
-        return (self.rows / self.pairs.sum(dim=-1).clamp_min(1)).to(self.weights.dtype)
+        """Weight that uniform attention gives to each allowed key, ``(batch, heads, rows)``; 0 for other rows."""
+        return self.rows / self.pairs.sum(dim=-1).clamp_min(1)
 
     @cached_property
-    def uniform(self) -> Tensor:
-        """Uniform attention over the allowed keys, ``(batch, some heads, rows, keys)``."""
-        return self.pairs * self.level[..., None]
+    def open(self) -> Tensor:
+        """1 where a row may attend, ``(batch or 1, rows, keys)``."""
+        return self.pairs.squeeze(1).to(self.weights.dtype).expand(-1, self.weights.shape[2], -1)
 
     @cached_property
     def received(self) -> Tensor:
         """Mass that each key gets from all rows together, ``(batch, heads, keys)``."""
-        rows = self.rows.to(self.weights.dtype).expand(*self.weights.shape[:3])
-        return (rows[:, :, None] @ self.weights).squeeze(-2)
-
-    @cached_property
-    def expected(self) -> Tensor:
-        """The same of uniform attention, ``(batch, some heads, keys)``."""
-        return self.uniform.sum(dim=-2)
+        return self.weights.sum(dim=-2)
 
     def on_pairs(self, targets: Tensor) -> PatternScores:
         """Mass on the keys that each row expects, ``(batch or 1, patterns, rows, keys)``; the same for all heads."""
-        marks = (targets & (self.pairs & self.wanted[..., None])).to(self.weights.dtype)
-        has = (marks.sum(dim=-1) > 0) & self.rows
+        marks = (targets & self.pairs).to(self.weights.dtype)
         columns = marks.flatten(2).transpose(1, 2)  # (batch or 1, rows * keys, patterns)
-        return self._scores(self.weights.flatten(2) @ columns, self.uniform.flatten(2) @ columns, has)
+        return self._scores(self.weights.flatten(2) @ columns, marks.sum(dim=-1))
 
     def on_keys(self, keys: Tensor) -> PatternScores:
         """Mass on keys that all rows expect, ``(batch or 1, patterns, keys)``; the same for all heads."""
-        columns = keys.transpose(1, 2).to(self.weights.dtype)
-        seen = self.pairs.squeeze(1).to(self.weights.dtype) @ columns  # (batch or 1, rows or 1, patterns)
-        has = (seen > 0).transpose(1, 2) & self.rows
-        return self._scores(self.received @ columns, self.expected @ columns, has)
+        marks = keys.to(self.weights.dtype)
+        return self._scores(self.received @ marks.mT, marks @ self.open.mT)
 
     def at_steps(self, index: Tensor, exists: Tensor) -> PatternScores:
         """Mass on one key a pattern and row, ``(batch or 1, patterns, rows)``, then on all of them together."""
         batch, heads, rows, keys = self.weights.shape
-        index = index.clamp(0, keys - 1).transpose(1, 2)[:, None].expand(batch, heads, rows, -1)
-        may = self.pairs.expand(batch, 1, rows, keys).gather(-1, index[:, :1]).squeeze(1).transpose(1, 2)
-        has = may & exists & self.rows  # (batch, patterns, rows)
-        mass, chance = (
-            torch.einsum("bhrp,bpr->bhp", weights.gather(-1, index[:, : weights.shape[1]]), has.to(weights.dtype))
-            for weights in (self.weights, self.uniform)
+        index = index.clamp(0, keys - 1).transpose(1, 2).expand(batch, rows, -1)
+        may = self.open.expand(batch, -1, -1).gather(-1, index).transpose(1, 2) * exists  # (batch, patterns, rows)
+        found = self.weights.gather(-1, index[:, None].expand(-1, heads, -1, -1))
+        mass = torch.einsum("bhrp,bpr->bhp", found, may)
+        mass, expected = (
+            torch.cat([each, each.sum(dim=axis, keepdim=True)], dim=axis) for each, axis in ((mass, -1), (may, 1))
         )
-        mass, chance = (torch.cat([each, each.sum(dim=-1, keepdim=True)], dim=-1) for each in (mass, chance))
-        return self._scores(mass, chance, torch.cat([has, has.any(dim=1, keepdim=True)], dim=1))
+        return self._scores(mass, expected)
 
     def stripes(self) -> PatternScores:
         """Mean mass on the key that stands out most, of those that half of the rows may attend to."""
-        heads = self.weights.shape[1]
-        seen = (self.pairs & self.rows[..., None]).sum(dim=-2)  # (batch, some heads, keys)
-        scores = PatternScores(self.received / seen, self.expected / seen, seen / self.total[..., None])
-        scores = PatternScores(*(field.expand(-1, heads, -1) for field in scores))
-        wide = (seen > 0) & (2 * seen >= self.total[..., None])
+        seen, total = self.rows @ self.open, self.total[..., None]  # (batch, heads, keys)
+        scores = PatternScores(self.received / seen, self.level @ self.open / seen, seen / total)
+        wide = (seen > 0) & (2 * seen >= total)
         rank = scores.strength().where(wide, torch.nan).nan_to_num(-torch.inf)
         top, best = rank.max(dim=-1, keepdim=True)
         score, chance, coverage = (field.gather(-1, best).masked_fill(top == -torch.inf, torch.nan) for field in scores)
@@ -104,22 +95,41 @@ class Maps:
 
     def overlap(self) -> PatternScores:
         """Share of the mass that lies as uniform attention has it; at the least ``1 / allowed keys``."""
-        total = self.total.expand(self.weights.shape[:2])
-        heads = zip(self.weights.unbind(dim=1), self.level.expand(-1, total.shape[1], -1).unbind(dim=1), strict=True)
+        heads = zip(self.weights.unbind(dim=1), self.level.unbind(dim=1), strict=True)
         # head by head: the memory of a second map costs four times the minimum itself
         common = [torch.minimum(weights, level[..., None]).sum(dim=(-2, -1)) for weights, level in heads]
-        score = torch.stack(common, dim=1) / total
-        chance = (self.level.sum(dim=-1) / total).expand_as(score)
-        return PatternScores(score, chance, (total > 0).to(score.dtype))
+        score, chance = torch.stack(common, dim=1) / self.total, self.level.sum(dim=-1) / self.total
+        return PatternScores(score, chance, (self.total > 0).to(score.dtype))
 
-    def _scores(self, mass: Tensor, chance: Tensor, has: Tensor) -> PatternScores:
-        """Divide sums over rows ``(batch, heads or 1, patterns)`` by the rows that ``has (batch, patterns, rows)``."""
-        count = has.sum(dim=-1)[:, None]
+    def _scores(self, mass: Tensor, expected: Tensor) -> PatternScores:
+        """Divide sums over rows by the rows that expect any key: ``expected (batch or 1, patterns, rows)`` keys."""
+        count = self.rows @ (expected > 0).to(mass.dtype).mT  # (batch, heads, patterns)
         coverage = count / self.total.clamp_min(1)[..., None]
-        return PatternScores(mass / count, *((field / 1).expand_as(mass) for field in (chance / count, coverage)))
+        return PatternScores(mass / count, self.level @ expected.mT / count, coverage)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Keep autocast from turning products of float32 into half precision, on devices that have it."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+def measured(
+    measure: Callable[[Tensor, Tensor, Tensor], PatternScores], weights: Tensor, pairs: Tensor, wanted: Tensor
+) -> PatternScores:
+    """Measure all heads at once if they may attend to the same keys, else one after the other, in full precision.
+
+    Args:
+        measure: Of ``weights``, ``pairs`` and ``wanted``, for `Maps.counted`.
+        weights: ``(batch, heads, rows, keys)``.
+        pairs: What may attend, bool ``(batch or 1, heads or 1, rows or 1, keys)``.
+        wanted: Rows asked for, bool ``(batch or 1, heads or 1, rows or 1)``.
+    """
+    weights, heads = weights.detach(), weights.shape[1]
+    with full_precision(weights.device):
+        if pairs.shape[1] == 1:
+            return measure(weights, pairs, wanted)
+        masks = pairs.expand(-1, heads, -1, -1), wanted.expand(-1, heads, -1)
+        each = [measure(*(part[:, head, None] for part in (weights, *masks))) for head in range(heads)]
+        return PatternScores(*(torch.cat(fields, dim=1) for fields in zip(*each, strict=True)))
+
+
+def of_one_head(allowed: Tensor | None, heads: int) -> Tensor | None:
+    """Cut a mask that was only expanded over the heads to one of them; no value is read."""
+    if allowed is None or allowed.ndim < 3 or allowed.shape[-3] != heads or allowed.stride(-3):
+        return allowed
+    return allowed.narrow(-3, 0, 1)

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["checked_maps", "checked_pairs", "masked", "positive_means", "residual_mix", "single", "target_rows"]
+from attn_callbacks.functional._precision import wide
+
+__all__ = [
+    "both_real",
+    "check_positions",
+    "checked_maps",
+    "masked",
+    "positive_means",
+    "positive_weights",
+    "residual_mix",
+    "target_rows",
+]
 
 
 def checked_maps(weights: Sequence[Tensor], valid: Tensor | None, name: str = "weights") -> tuple[int, int]:
@@ -30,11 +41,6 @@ def checked_maps(weights: Sequence[Tensor], valid: Tensor | None, name: str = "w
     return batch, tokens
 
 
-def single(maps: Tensor) -> Tensor:
-    """Return the maps without a graph, in float32 or wider."""
-    return maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
-
-
 def masked(mean: Tensor, valid: Tensor | None) -> Tensor:
     """Set what padding gives or receives to zero, whatever it was.
 
@@ -42,10 +48,12 @@ def masked(mean: Tensor, valid: Tensor | None) -> Tensor:
         - mean, output: ``(batch, queries, keys)``
         - valid: ``(batch, tokens)``
     """
-    if valid is None:
-        return mean
-    valid = valid.to(mean.device, torch.bool)
-    return mean.where(valid[:, :, None] & valid[:, None], 0.0)
+    return mean if valid is None else mean.where(both_real(valid.to(mean.device)), 0.0)
+
+
+def both_real(valid: Tensor) -> Tensor:
+    """Mark the pairs of which both are tokens: ``(..., tokens)`` to bool ``(..., tokens, tokens)``."""
+    return valid.bool()[..., :, None] & valid.bool()[..., None, :]
 
 
 def residual_mix(maps: Tensor, valid: Tensor | None, residual: float) -> Tensor:
@@ -57,13 +65,13 @@ def residual_mix(maps: Tensor, valid: Tensor | None, residual: float) -> Tensor:
         - maps: ``(batch, heads, tokens, tokens)``
         - output: ``(batch, tokens, tokens)``, float32 or wider
     """
-    mixed = masked(single(maps).mean(dim=1), valid) * (1.0 - residual)
+    mixed = masked(wide(maps).mean(dim=1), valid) * (1.0 - residual)
     mixed.diagonal(dim1=-2, dim2=-1).add_(residual)
     total = mixed.sum(dim=-1, keepdim=True)
     return mixed.div_(total.where(total > 0, 1.0))
 
 
-def checked_pairs(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _checked_pairs(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return the weights and gradients of every layer as they belong together.
 
     Raises:
@@ -85,15 +93,18 @@ def checked_pairs(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> lis
     return pairs
 
 
-def positive_means(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Weigh attention with its gradient, cut what is negative head by head, then average the heads.
+def positive_weights(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Weigh attention with its gradient and cut what is negative, head by head.
 
     Shape:
-        - weights, gradients: ``(batch, heads, queries, keys)`` a layer
-        - output: ``(batch, queries, keys)`` a layer, in float32 or wider
+        - weights, gradients, output: ``(batch, heads, queries, keys)`` a layer; the output in float32 or wider
     """
-    pairs = checked_pairs(weights, gradients)
-    return [(single(maps) * single(slopes)).clamp_min_(0.0).mean(dim=1) for maps, slopes in pairs]
+    return [(wide(maps) * wide(slopes)).clamp_min_(0.0) for maps, slopes in _checked_pairs(weights, gradients)]
+
+
+def positive_means(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Average `positive_weights` over heads, ``(batch, queries, keys)`` a layer."""
+    return [maps.mean(dim=1) for maps in positive_weights(weights, gradients)]
 
 
 def target_rows(
@@ -110,13 +121,18 @@ def target_rows(
             f"`{name}` must have shape (targets,) or (batch, targets) with {batch} samples, got "
             f"{tuple(positions.shape)}."
         )
+    check_positions(name, positions, tokens)
+    return positions.to(device, torch.long).expand(batch, -1)
+
+
+def check_positions(name: str, positions: Tensor, tokens: int) -> None:
+    """Raise unless ``positions`` are integers and, looked at where that makes no device wait, those of tokens."""
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"`{name}` must be positions (integers), got {positions.dtype}.")
     if positions.device.type == "cpu" and positions.numel():
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high >= tokens:
             raise ValueError(f"`{name}` must lie between 0 and {tokens - 1}, got {low if low < 0 else high}.")
-    return positions.to(device, torch.long).expand(batch, -1)
 
 
 def _check_map(name: str, maps: Tensor, first: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ __all__ = ["student_p"]
 
 _MOST_STEPS = 1000
 _NEAR_NORMAL = 1e5  # degrees of freedom from which on more make no difference that anybody reads
+_LARGE = 50.0  # from which on the series of the gamma function is exact
 _TINY = 1e-300
 
 
@@ -19,7 +20,7 @@ def student_p(t: Tensor, degrees: Tensor) -> Tensor:
 
     Args:
         t: Difference over its standard error.
-        degrees: Degrees of freedom, above 0.
+        degrees: Degrees of freedom, above 0; more than 100 000 count as so many.
 
     Shape:
         - t, degrees: any, broadcastable
@@ -32,18 +33,28 @@ def student_p(t: Tensor, degrees: Tensor) -> Tensor:
     t, degrees = torch.broadcast_tensors(t.double(), degrees.double().clamp_max(_NEAR_NORMAL))
     known = ~(t.isnan() | degrees.isnan())
     size, freedom = t.abs().where(known, 0.0), degrees.where(known, 1.0)
-    chance = _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + size**2))
+    chance = _incomplete_beta(freedom / 2, size**2 / freedom)
     return chance.clamp(0.0, 1.0).where(known, torch.nan)
 
 
-def _incomplete_beta(a: Tensor, b: float, x: Tensor) -> Tensor:
-    """Return the regularised incomplete beta function, by whichever of its two fractions converges fast."""
-    second = torch.full_like(a, b)
-    turned = x > (a + 1) / (a + b + 2)
-    fraction = _fraction(torch.where(turned, second, a), torch.where(turned, a, second), torch.where(turned, 1 - x, x))
-    scale = torch.lgamma(a + b) - torch.lgamma(a) - math.lgamma(b)
-    front = (scale + torch.xlogy(a, x) + torch.xlogy(second, 1 - x)).exp()
-    return torch.where(turned, 1 - front * fraction / b, front * fraction / a)
+def _incomplete_beta(a: Tensor, odds: Tensor) -> Tensor:
+    """Return the regularised incomplete beta function of ``a`` and 1/2, by whichever of its two fractions is fast.
+
+    At ``x = 1 / (1 + odds)``: given by its odds, neither ``x`` near one nor the rest near zero loses digits.
+    """
+    half = torch.full_like(a, 0.5)
+    x, rest = 1 / (1 + odds), 1 / (1 + 1 / odds)
+    turned = x > (a + 1) / (a + 2.5)
+    fraction = _fraction(torch.where(turned, half, a), torch.where(turned, a, half), torch.where(turned, rest, x))
+    front = (_gamma_ratio(a) - 0.5 * math.log(math.pi) - a * torch.log1p(odds)).exp() * rest.sqrt()
+    return torch.where(turned, 1 - 2 * front * fraction, front * fraction / a)
+
+
+def _gamma_ratio(a: Tensor) -> Tensor:
+    """Return the logarithm of ``gamma(a + 1 / 2) / gamma(a)``; two large logarithms would cancel."""
+    inverse = 1 / a
+    series = 0.5 * a.log() - inverse / 8 + inverse**3 / 192 - inverse**5 / 640
+    return series.where(a > _LARGE, torch.lgamma(a + 0.5) - torch.lgamma(a))
 
 
 def _fraction(a: Tensor, b: Tensor, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import check_axes, one_of
+from attn_callbacks.functional._precision import full_precision
 from attn_callbacks.functional.alignment import (
     LINKING,
     alignment_counts,
@@ -182,7 +183,8 @@ def _steps(links: Tensor) -> Tensor:
     """Return steps that do not go back, and all steps."""
     places = torch.arange(links.shape[-1], device=links.device, dtype=torch.float32)
     count = count_true(links[..., None, :])  # (batch, heads, queries)
-    position = (links.float() @ places) / count.clamp_min(1)
+    with full_precision(links.device):  # half precision knows no position above 256
+        position = (links.float() @ places) / count.clamp_min(1)
     rows = torch.arange(links.shape[-2], device=links.device).expand_as(count)
     latest = rows.where(count > 0, -1)
     latest = torch.cat([torch.full_like(latest[..., :1], -1), latest[..., :-1]], dim=-1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import check_axes
+from attn_callbacks.functional._precision import wide
 from attn_callbacks.functional.value_norms import layer_value_norms
 
 __all__ = ["attention_gradient_mass", "received_attention", "top_features", "value_weighted_attention"]
@@ -36,7 +37,7 @@ def received_attention(weights: Tensor, *, valid: Tensor | None = None, query: i
         tensor([[0.6250, 0.3750]])
     """
     check_axes("weights", weights, 4)
-    return _over_queries(_wide(weights).mean(dim=1), valid, query, mean=True)
+    return _over_queries(wide(weights).mean(dim=1), valid, query, mean=True)
 
 
 def attention_gradient_mass(
@@ -74,7 +75,7 @@ def attention_gradient_mass(
         raise ValueError(
             f"`gradients` must have the shape of `weights`, {tuple(weights.shape)}, got {tuple(gradients.shape)}."
         )
-    product = _wide(weights) * _wide(gradients)
+    product = wide(weights) * wide(gradients)
     return _over_queries(product.sum(dim=1), valid, query, mean=False)
 
 
@@ -143,6 +144,7 @@ def top_features(scores: Tensor, share: float, features: Tensor | None = None) -
     features = torch.ones_like(scores, dtype=torch.bool) if features is None else features.bool()
     if features.shape != scores.shape:
         raise ValueError(f"`features` must have shape {tuple(scores.shape)}, got {tuple(features.shape)}.")
+    scores = scores if scores.is_floating_point() else scores.double()
     known = scores.nan_to_num(-torch.finfo(scores.dtype).max).where(features, -torch.inf)
     rank = known.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     wanted = (features.sum(dim=1, keepdim=True) * share - 1e-6).ceil()  # 10 features x 0.1 is one, and not two
@@ -163,7 +165,3 @@ def _over_queries(maps: Tensor, valid: Tensor | None, query: int | None, *, mean
     counted = valid.to(maps.device, torch.bool)
     total = maps.where(counted[..., None], 0.0).sum(dim=1)
     return total / counted.sum(dim=1, keepdim=True).clamp_min(1) if mean else total
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

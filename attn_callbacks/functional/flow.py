@@ -50,7 +50,7 @@ def attention_flow(
         - output: ``(batch, targets or tokens, tokens)``, float64 in [0, 1], on the CPU
 
     Raises:
-        ValueError: As `attention_rollout`.
+        ValueError: As `attention_rollout`, and if attention between valid tokens is not finite.
         ImportError: If scipy is not installed.
 
     Example:
@@ -65,7 +65,7 @@ def attention_flow(
     batch, tokens = checked_maps(weights, valid)
     in_range("residual", residual, 0.0, 1.0)
     rows = target_rows(range(tokens) if targets is None else targets, batch, tokens, torch.device("cpu"))
-    layers = [residual_mix(maps.cpu().double(), valid, residual) for maps in weights]
+    layers = [_pipes(maps, valid, residual, number) for number, maps in enumerate(weights)]
     real = torch.ones(batch, tokens, dtype=torch.bool) if valid is None else valid.cpu().bool()
     flows = torch.zeros(batch, rows.shape[1], tokens, dtype=torch.float64)
     for sample in range(batch):
@@ -75,6 +75,16 @@ def attention_flow(
             if real[sample, target]:
                 flows[sample, place, sources] = _flows(graph, len(layers) * tokens + target, sources)
     return flows
+
+
+def _pipes(maps: Tensor, valid: Tensor | None, residual: float, layer: int) -> Tensor:
+    """Return the capacities of a layer, ``(batch, tokens, tokens)``; whole numbers would turn NaN into no pipe."""
+    mixed = residual_mix(maps.cpu().double(), valid if valid is None else valid.cpu(), residual)
+    if not mixed.isfinite().all():
+        raise ValueError(
+            f"`weights[{layer}]` must be finite between valid tokens. Give `valid` where there is padding."
+        )
+    return mixed
 
 
 def _graph(layers: list[Tensor]) -> Any:

@@ -16,7 +16,6 @@ __all__ = ["head_distance", "head_drift"]
 
 _BLOCK = {"cpu": 2**20}  # weights of all heads held at once; what fits a cache of the processor
 _LARGE_BLOCK = 2**25  # other devices: few launches
-_NEARLY_ONE = 1.0 - 2.0**-24
 _OTHER_MASKS = "Heads have a distance only where they may attend to the same keys, but {}. Measure them apart."
 
 
@@ -46,7 +45,7 @@ def head_distance(
     Args:
         weights: Attention weights of one layer, or of several, whose heads are numbered through.
         allowed: ``True`` where a query may attend, one mask or one a layer; ``None`` allows every valid key. It must be
-            the same for all heads: where it is given for each head or layer, values are read back from the device.
+            the same for all heads: where it is written out for each head or layer, values are read back.
         valid: ``True`` for the rows that count; padded queries are ``False``.
         key_valid: ``True`` for keys that are not padding.
 
@@ -73,7 +72,7 @@ def head_distance(
     """
     layers = [weights] if isinstance(weights, Tensor) else list(weights)
     _check_layers(layers)
-    frame = Frame(allowed=_one_mask(allowed, layers), valid=valid, key_valid=key_valid)
+    frame = _same_for_all(layers, allowed, valid, key_valid)
     heads = sum(layer.shape[1] for layer in layers)
     total = torch.zeros(len(layers[0]), heads, heads, 2, device=layers[0].device)
     for samples, maps, counted in _blocks(layers, frame):
@@ -125,7 +124,7 @@ def head_drift(
             f"`before` and `after` must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}. Give both "
             "the same samples."
         )
-    frame = Frame(allowed=_one_mask(allowed, [before]), valid=valid, key_valid=key_valid)
+    frame = _same_for_all([before], allowed, valid, key_valid)
     total = torch.zeros(*before.shape[:2], 2, device=before.device)
     for samples, maps, counted in _blocks([before, after], frame):
         (old, new), (had, has) = maps.chunk(2, dim=1), counted.chunk(2, dim=1)
@@ -151,10 +150,12 @@ def _add_pairs(total: Tensor, maps: Tensor, counted: Tensor) -> None:
 def _row_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Divergence of rows in bits, ``(..., keys) -> (...)``: every key gives a number of at least 0 that is exact."""
     both = p + q
-    tilt = ((p - q) / both.clamp_min(torch.finfo(both.dtype).tiny)).clamp(-_NEARLY_ONE, _NEARLY_ONE)
-    # (1 + t) ln(1 + t) + (1 - t) ln(1 - t); written out like that it would cancel where t is small
-    terms: Tensor = both * (torch.log1p(-tilt.square()) + 2 * tilt * tilt.atanh())
-    return terms.sum(dim=-1) / (4 * math.log(2))
+    tilt = (p - q) / both.clamp_min(torch.finfo(both.dtype).tiny)
+    size = tilt.abs()
+    # ln(1 - t^2), each way where it does not cancel; then (1 + t) ln(1 + t) + (1 - t) ln(1 - t)
+    spread = torch.log1p(-size.square()).where(size < 0.5, ((1 - size) * (1 + size)).log())
+    share: Tensor = (spread + 2 * size * size.atanh()) / (2 * math.log(2))
+    return (both * share.where(size < 1, 1.0)).sum(dim=-1) / 2  # 1: a key of one side only
 
 
 def _blocks(layers: Sequence[Tensor], frame: Frame) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -172,7 +173,7 @@ def _blocks(layers: Sequence[Tensor], frame: Frame) -> Iterator[tuple[slice, Ten
             maps = torch.cat([layer.detach()[some, :, part].float() for layer in layers], dim=1)
             choices = pairs[some, :, part]
             if is_masked:
-                maps = maps * choices
+                maps = maps.where(choices, 0.0)
             mass = maps.sum(dim=-1)
             attends = (mass > 0) & mass.isfinite()
             maps = maps.where(attends[..., None], 0.0) / mass.where(attends, 1.0)[..., None]
@@ -191,6 +192,21 @@ def _check_layers(layers: Sequence[Tensor]) -> None:
                 f"Heads have a distance only where they see the same queries and keys, but layer 0 has the shape "
                 f"{tuple(expected)} and layer {number} {tuple(layer.shape)}. Measure such layers apart."
             )
+
+
+def _same_for_all(
+    layers: Sequence[Tensor],
+    allowed: Tensor | Sequence[Tensor] | None,
+    valid: Tensor | None,
+    key_valid: Tensor | None,
+) -> Frame:
+    """Return the rows and pairs in which all heads are compared."""
+    rows = (len(layers[0]), layers[0].shape[2])
+    if valid is not None and valid.shape != rows:
+        raise ValueError(
+            f"`valid` must have shape (batch, queries) = {rows}, the same for all heads, got {tuple(valid.shape)}."
+        )
+    return Frame(allowed=_one_mask(allowed, layers), valid=valid, key_valid=key_valid)
 
 
 def _one_mask(allowed: Tensor | Sequence[Tensor] | None, layers: Sequence[Tensor]) -> Tensor | None:
@@ -216,6 +232,6 @@ def _of_a_layer(mask: Tensor, layer: Tensor, number: int) -> Tensor:
         raise ValueError(
             f"`allowed` must be broadcastable to `weights` {tuple(layer.shape)}, got {tuple(mask.shape)}."
         ) from None
-    if mask.ndim == 4 and mask.shape[1] > 1 and not (mask == mask[:, :1]).all():
+    if heads > 1 and full.stride(1) and not (full == full[:, :1]).all():  # expanded, they are the same unread
         raise ValueError(_OTHER_MASKS.format(f"the masks of the heads of layer {number} differ"))
     return full[:, :1]

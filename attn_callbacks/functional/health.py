@@ -119,12 +119,13 @@ def health_alerts(
         K2: Open Agentic Intelligence", 2025 (QK-Clip). Everything else is declared in :class:`HealthThresholds`.
     """
     limits = thresholds or HealthThresholds()
-    if not bool((now[:, _ROWS] > 0).all()):
+    measured = now[:, _ROWS] > 0
+    finite = now[:, [_ENTROPY, _CONFIDENCE]].isfinite().all(dim=-1) & (now[:, _MAX_LOGIT] < torch.inf)
+    broken = _numbers(measured & ~finite)
+    if broken:
+        return (HealthAlert("not_finite", broken, torch.nan, torch.inf, "attention is not finite"),)
+    if not bool(measured.all()):
         return ()
-    seen = now[:, [_ENTROPY, _CONFIDENCE]]
-    if not bool(seen.isfinite().all() & (now[:, _MAX_LOGIT] < torch.inf).all()):
-        heads = _numbers(~seen.isfinite().all(dim=-1) | ~(now[:, _MAX_LOGIT] < torch.inf))
-        return (HealthAlert("not_finite", heads, torch.nan, torch.inf, "attention is not finite"),)
     found = [
         _collapse(now, recent, limits),
         *_logits(now, recent, limits),
@@ -191,10 +192,11 @@ def _drift(now: Tensor, recent: Tensor, limits: HealthThresholds) -> HealthAlert
     if len(moves) <= limits.looks // 2:
         return None
     usual = moves[:-1].median(dim=0).values
-    heads = _numbers((moves[-1] > limits.drift) & (moves[-1] > limits.drift_ratio * usual))
+    jumped = (moves[-1] > limits.drift) & (moves[-1] > limits.drift_ratio * usual)
+    heads = _numbers(jumped)
     if not heads:
         return None
-    farthest = float(moves[-1].max())
+    farthest = float(moves[-1][jumped].max())
     text = f"the normalised entropy of heads {', '.join(map(str, heads))} moved by up to {farthest:.2f} in one look"
     return HealthAlert("drift", heads, farthest, limits.drift, text)
 

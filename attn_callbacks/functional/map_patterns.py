@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import check_axes, integer
 from attn_callbacks.functional._frame import Frame
-from attn_callbacks.functional._maps import Maps, full_precision
+from attn_callbacks.functional._maps import Maps, measured, of_one_head
 from attn_callbacks.functional._scores import PatternScores
 from attn_callbacks.functional.rows import row_mean
 
@@ -37,8 +37,8 @@ def uniformity(weights: Tensor, *, allowed: Tensor | None = None, valid: Tensor 
         tensor([[0.5000]])
     """
     check_axes("weights", weights, 4)
-    frame = Frame(allowed=allowed, valid=valid)
-    return Maps(weights.detach().float(), frame.pairs(weights), frame.wanted(weights)).overlap()
+    frame = Frame(allowed=of_one_head(allowed, weights.shape[1]), valid=valid)
+    return measured(_overlap, weights, frame.pairs(weights), frame.wanted(weights))
 
 
 def vertical_mass(weights: Tensor, *, allowed: Tensor | None = None, valid: Tensor | None = None) -> PatternScores:
@@ -68,9 +68,8 @@ def vertical_mass(weights: Tensor, *, allowed: Tensor | None = None, valid: Tens
         Darcet et al., "Vision Transformers Need Registers", 2023 (keys of high norm that draw attention).
     """
     check_axes("weights", weights, 4)
-    frame = Frame(allowed=allowed, valid=valid)
-    with full_precision(weights.device):
-        return Maps(weights.detach().float(), frame.pairs(weights), frame.wanted(weights)).stripes()
+    frame = Frame(allowed=of_one_head(allowed, weights.shape[1]), valid=valid)
+    return measured(_stripes, weights, frame.pairs(weights), frame.wanted(weights))
 
 
 def offset_share(weights: Tensor, offset: int, *, allowed: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
@@ -107,10 +106,19 @@ def offset_share(weights: Tensor, offset: int, *, allowed: Tensor | None = None,
     check_axes("weights", weights, 4)
     frame = Frame(allowed=allowed, valid=valid)
     frame.queries(weights)  # raises unless the map is square
-    maps = Maps(weights.detach(), frame.pairs(weights), frame.wanted(weights))
+    pairs = frame.pairs(weights) & frame.wanted(weights)[..., None]
+    seen = weights.detach().where(pairs, 0.0)
     keys = torch.arange(weights.shape[-1], device=weights.device)
     at = keys - integer("offset", offset) == keys[:, None]
-    rows = maps.rows & (maps.pairs & at).any(dim=-1)
-    top = maps.weights == maps.weights.amax(dim=-1, keepdim=True)
+    rows = (seen.sum(dim=-1) != 0) & (pairs & at).any(dim=-1)
+    top = seen == seen.amax(dim=-1, keepdim=True)
     hit = (top & at).any(dim=-1) & (top.sum(dim=-1) == 1)
     return row_mean(hit.float(), rows)
+
+
+def _overlap(weights: Tensor, pairs: Tensor, wanted: Tensor) -> PatternScores:
+    return Maps.counted(weights, pairs, wanted).overlap()
+
+
+def _stripes(weights: Tensor, pairs: Tensor, wanted: Tensor) -> PatternScores:
+    return Maps.counted(weights, pairs, wanted).stripes()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, in_range
-from attn_callbacks.functional._mixing import checked_maps, single, target_rows
+from attn_callbacks._plain import plain
+from attn_callbacks.functional._mixing import both_real, checked_maps, target_rows
+from attn_callbacks.functional._precision import wide
 
 __all__ = ["AttentionPath", "top_paths"]
 
@@ -36,8 +38,8 @@ class AttentionPath:
         return self.tokens[-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and lists."""
-        return {"tokens": list(self.tokens), "heads": list(self.heads), "weight": self.weight}
+        """Return plain numbers and lists; NaN becomes ``None``."""
+        return {"tokens": plain(self.tokens), "heads": plain(self.heads), "weight": plain(self.weight)}
 
 
 def top_paths(
@@ -146,8 +148,9 @@ class _Graph:
     def _add(self, maps: Tensor) -> None:
         """Take in the next layer: the best way on from a token is its best step to where the best way goes on."""
         below, real = self._best[-1], self._real
-        strongest = single(maps).amax(dim=0).double().where(real, 0.0)  # of all heads, (tokens, tokens)
-        total = single(maps).mean(dim=0).double().where(real, 0.0).sum(dim=-1)
+        pairs = both_real(real)
+        strongest = wide(maps).amax(dim=0).double().where(pairs, 0.0)  # of all heads, (tokens, tokens)
+        total = wide(maps).mean(dim=0).double().where(pairs, 0.0).sum(dim=-1)
         total = total * (1.0 - self._residual) + self._residual
         scale = 1.0 / total.where(total > 0, 1.0) if self._normalise else torch.ones_like(total)
         self._stays.append(scale * self._residual)
@@ -158,7 +161,7 @@ class _Graph:
     def _steps(self, partial: _Partial, count: int, age: int) -> Iterator[_Partial]:
         """Yield the ``count`` best next steps; no worse one can be part of the ``count`` best paths."""
         layer, token = len(self._layers) - 1 - len(partial.heads), partial.tokens[-1]
-        rows = single(self._layers[layer][:, token]).double().where(self._real, 0.0)  # (heads, keys)
+        rows = wide(self._layers[layer][:, token]).double().where(self._real, 0.0)  # (heads, keys)
         rows = rows * self._scales[layer][token]
         weights = torch.cat([self._stays[layer][token, None], rows.flatten()])
         ends = torch.cat([self._best[layer][token, None], self._best[layer].repeat(len(rows))])

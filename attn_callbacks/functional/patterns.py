@@ -6,7 +6,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import check_axes
 from attn_callbacks.functional._frame import Frame
-from attn_callbacks.functional._maps import Maps, full_precision
+from attn_callbacks.functional._maps import Maps, measured, of_one_head
 from attn_callbacks.functional._scores import PatternScores
 
 __all__ = ["PatternScores", "pattern_scores"]
@@ -23,14 +23,15 @@ def pattern_scores(
     Args:
         weights: Attention weights, each row summing to one, zero where a query may not attend.
         targets: ``True`` for the expected keys of each row.
-        allowed: ``True`` where a row may attend; needed for causal and padded attention. ``None``: everywhere.
+        allowed: ``True`` where a row may attend; needed for causal and padded attention. ``None``: everywhere. A mask
+            that is written out for each head takes the heads one by one.
         valid: ``True`` for the rows that count; padded queries are ``False``.
 
     Shape:
         - weights: ``(batch, heads, rows, keys)``
         - targets: bool ``(batch, patterns, rows, keys)``, or with a first axis of 1
-        - allowed: bool, broadcastable to ``(batch, 1, rows, keys)``
-        - valid: bool ``(batch, rows)``
+        - allowed: bool, broadcastable to ``weights``
+        - valid: bool ``(batch, rows)`` or ``(batch, heads, rows)``
         - output: each field ``(batch, heads, patterns)``, float32; score and chance are NaN where no row has a target
 
     Raises:
@@ -56,9 +57,9 @@ def pattern_scores(
             f"`targets` must have shape (batch or 1, patterns, rows, keys) = ({batch} or 1, patterns, {rows}, {keys}), "
             f"got {tuple(targets.shape)}."
         )
-    frame = Frame(allowed=allowed, valid=valid)
-    pairs, wanted = frame.pairs(weights), frame.wanted(weights)
-    if pairs.shape[1] != 1 or wanted.shape[1] != 1:
-        raise ValueError("`allowed` and `valid` must be the same for all heads. Pass the heads one by one.")
-    with full_precision(weights.device):
-        return Maps(weights.detach().float(), pairs, wanted).on_pairs(targets.bool())
+    frame = Frame(allowed=of_one_head(allowed, weights.shape[1]), valid=valid)
+
+    def measure(*parts: Tensor) -> PatternScores:
+        return Maps.counted(*parts).on_pairs(targets.bool())
+
+    return measured(measure, weights, frame.pairs(weights), frame.wanted(weights))

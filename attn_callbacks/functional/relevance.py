@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import check_axes
 from attn_callbacks.functional._mixing import checked_maps, masked, positive_means
+from attn_callbacks.functional._precision import full_precision
 
 __all__ = ["EncoderDecoderRelevance", "attention_relevance", "cross_relevance", "encoder_decoder_relevance"]
 
@@ -65,7 +66,8 @@ def attention_relevance(weights: Maps, gradients: Maps, *, valid: Tensor | None 
         Transformers", 2021, equations 5 and 6.
     """
     checked_maps(weights, valid)
-    return masked(_self(positive_means(weights, gradients), valid), valid)
+    with full_precision(weights[0].device):
+        return masked(_self(positive_means(weights, gradients), valid), valid)
 
 
 def cross_relevance(
@@ -105,18 +107,7 @@ def cross_relevance(
     References:
         Chefer, Gur and Wolf, 2021, equations 8 to 11.
     """
-    check_axes("weights", weights, 4)
-    batch, _, rows, columns = weights.shape
-    wanted = {"queries": (queries, (batch, rows, rows)), "keys": (keys, (batch, columns, columns))}
-    for name, (relevance, shape) in wanted.items():
-        if tuple(relevance.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(relevance.shape)}.")
-    if valid is not None and tuple(valid.shape) != (batch, columns):
-        raise ValueError(f"`valid` must have shape (batch, keys) = {(batch, columns)}, got {tuple(valid.shape)}.")
-    mean = positive_means([weights], [gradients])[0]
-    if valid is not None:
-        mean = mean.where(valid.to(mean.device, torch.bool)[:, None], 0.0)
-    return _normalised(queries.to(mean)).mT @ mean @ _normalised(keys.to(mean))
+    return _cross(weights, gradients, queries, keys, None, valid)
 
 
 def encoder_decoder_relevance(
@@ -164,18 +155,42 @@ def encoder_decoder_relevance(
     batch, tokens = checked_maps(decoder[0], target_valid, "decoder")
     if len(decoder[0]) != len(cross[0]):
         raise ValueError(f"`cross` must hold one layer a decoder layer ({len(decoder[0])}), got {len(cross[0])}.")
-    source = _self(positive_means(*encoder), source_valid)
-    own = [masked(mean, target_valid) for mean in positive_means(*decoder)]
-    target = _identity(own[0])
-    between = own[0].new_zeros(batch, tokens, source.shape[-1])
-    for mean, maps, slopes in zip(own, *cross, strict=True):
-        target, between = target + mean @ target, between + mean @ between
-        if target_valid is not None:
-            maps = maps.where(target_valid.to(maps.device, torch.bool)[:, None, :, None], 0.0)
-        between = between + cross_relevance(maps, slopes, target, source, valid=source_valid)
+    with full_precision(decoder[0][0].device):
+        source = _self(positive_means(*encoder), source_valid)
+        own = [masked(mean, target_valid) for mean in positive_means(*decoder)]
+        target = _identity(own[0])
+        between = own[0].new_zeros(batch, tokens, source.shape[-1])
+        for mean, maps, slopes in zip(own, *cross, strict=True):
+            target, between = target + mean @ target, between + mean @ between
+            between = between + _cross(maps, slopes, target, source, target_valid, source_valid)
     if source_valid is not None:
         between = between.where(source_valid.to(between.device, torch.bool)[:, None], 0.0)
     return EncoderDecoderRelevance(masked(source, source_valid), masked(target, target_valid), between)
+
+
+def _cross(
+    weights: Tensor,
+    gradients: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    query_valid: Tensor | None,
+    key_valid: Tensor | None,
+) -> Tensor:
+    """Do what `cross_relevance` does; queries that are padding receive nothing."""
+    check_axes("weights", weights, 4)
+    batch, _, rows, columns = weights.shape
+    wanted = {"queries": (queries, (batch, rows, rows)), "keys": (keys, (batch, columns, columns))}
+    for name, (relevance, shape) in wanted.items():
+        if tuple(relevance.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape}, got {tuple(relevance.shape)}.")
+    if key_valid is not None and tuple(key_valid.shape) != (batch, columns):
+        raise ValueError(f"`valid` must have shape (batch, keys) = {(batch, columns)}, got {tuple(key_valid.shape)}.")
+    mean = positive_means([weights], [gradients])[0]
+    for valid, axis in ((query_valid, 2), (key_valid, 1)):
+        if valid is not None:
+            mean = mean.where(valid.to(mean.device, torch.bool).unsqueeze(axis), 0.0)
+    with full_precision(mean.device):
+        return _normalised(queries.to(mean)).mT @ mean @ _normalised(masked(keys.to(mean), key_valid))
 
 
 def _self(means: list[Tensor], valid: Tensor | None) -> Tensor:

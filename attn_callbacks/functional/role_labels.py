@@ -45,8 +45,8 @@ class RoleLabels(NamedTuple):
         label: Index into `ROLE_LABELS`, -1 where no role is defined. int64.
         strength: Strength of the role that won, NaN without one.
         confidence: Winning margin: that strength less the largest one of a rival, or less the threshold if that is
-            higher. Roles that contain the winner, or that it contains, are no rivals. Of ``heterogeneous``: how far the
-            nearest role stays below its threshold.
+            higher. No rivals are roles that contain the winner or that it contains, and roles that are no candidates
+            for lack of rows. Of ``heterogeneous``: how far the nearest role stays below its threshold.
         coverage: Share of the rows for which the winner expects any key, NaN without a winner.
     """
 
@@ -101,7 +101,7 @@ def label_roles(
     winner, found = _winner(strength, above > 0)
     top = strength.gather(-1, winner)
     nested = _containment(strength.device, symmetric=True)[winner[..., 0]]
-    rival = strength.nan_to_num(0.0).masked_fill(nested, 0.0).amax(dim=-1, keepdim=True)
+    rival = strength.where(possible & ~nested, 0.0).amax(dim=-1, keepdim=True)
     margin = (top - torch.maximum(rival, limits[winner])).clamp_min(0.0).where(found, -above.amax(dim=-1, keepdim=True))
     label = winner.where(found, len(ROLES)).where(possible.any(dim=-1, keepdim=True), -1)
     return RoleLabels(

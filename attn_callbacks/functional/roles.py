@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, check_axes
 from attn_callbacks.functional._frame import Frame
-from attn_callbacks.functional._maps import Maps, full_precision
+from attn_callbacks.functional._maps import Maps, measured, of_one_head
+from attn_callbacks.functional._mixing import check_positions
 from attn_callbacks.functional._places import Grid, check_grid
 from attn_callbacks.functional._role_targets import Scene
 from attn_callbacks.functional._scores import PatternScores
@@ -78,11 +80,11 @@ def head_roles(
     | ``long_range`` | keys farther away than ``long_range`` | |
     | ``uniform`` | overlap with uniform attention, see `uniformity` | |
 
-    ``weights`` is read about five times; all is computed in float32 without gradients, and waits for no device. Where
-    ``allowed`` or ``valid`` differ between heads, the heads are taken one by one.
+    ``weights`` is read about six times; all is computed in float32 without gradients, and waits for no device. A mask
+    ``allowed`` that is written out for each head takes the heads one by one; one that was expanded does not.
 
     Args:
-        weights: Attention weights, each row summing to one, zero where a query may not attend. Left as they are.
+        weights: Attention weights, each row summing to one. A row of zeros is no data of its head. Left as they are.
         tokens: Ids of the keys.
         special: ``True`` for special tokens. A special first token is taken for the class token. ``None`` with a
             ``grid``: its prefix.
@@ -110,7 +112,8 @@ def head_roles(
         - output: each field ``(batch, heads, roles)``, float32, along `ROLES`; NaN where a role is not defined
 
     Raises:
-        ValueError: If a shape does not fit, the grid does not cover the keys, or a number is out of range.
+        ValueError: If a shape does not fit, the grid does not cover the keys, or a number is out of range (of
+            ``positions`` checked on the CPU only).
 
     Example:
         >>> weights = torch.eye(6).roll(-1, dims=-1)[None, None]  # each query on the key before it
@@ -129,18 +132,15 @@ def head_roles(
     check_grid(grid, weights.shape[-1])
     if key_valid is None and positions is None and square and valid is not None and valid.ndim == 2:
         key_valid = valid
-    frame = Frame(positions, allowed, valid, key_valid, long_range, square)
+    if square and positions is not None:
+        check_positions("positions", positions, weights.shape[-1])
+    frame = Frame(positions, of_one_head(allowed, weights.shape[1]), valid, key_valid, long_range, square)
     given = {"tokens": tokens, "special": special, "separator": separator, "segments": segments}
     for name, values in given.items():
         _check_keys(name, values, weights)
     pairs, wanted = frame.pairs(weights), frame.wanted(weights)
     scene = _scene(frame, weights, pairs, given, grid, at_least("window", window, 0))
-    heads = weights.shape[1]
-    if pairs.shape[1] == wanted.shape[1] == 1:
-        return _in_parts(weights.detach(), pairs, wanted, scene)
-    pairs, wanted = pairs.expand(-1, heads, -1, -1), wanted.expand(-1, heads, -1)
-    each = [_in_parts(weights.detach()[:, h, None], pairs[:, h, None], wanted[:, h, None], scene) for h in range(heads)]
-    return PatternScores(*(torch.cat(fields, dim=1) for fields in zip(*each, strict=True)))
+    return measured(partial(_in_parts, scene=scene), weights, pairs, wanted)
 
 
 def _scene(
@@ -178,16 +178,15 @@ def _in_parts(weights: Tensor, pairs: Tensor, wanted: Tensor, scene: Scene) -> P
 
 
 def _roles(weights: Tensor, pairs: Tensor, wanted: Tensor, scene: Scene) -> PatternScores:
-    with full_precision(weights.device):
-        maps = Maps(weights.float(), pairs, wanted)
-        found = {"vertical": maps.stripes(), "uniform": maps.overlap()}
-        for measure, expected in ((maps.on_keys, scene.keys()), (maps.on_pairs, scene.pairs())):
-            if expected:
-                found |= _named(expected, measure(_stacked(expected.values())))
-        steps = scene.steps()
-        if steps:
-            index, exists = (_stacked(part) for part in zip(*steps.values(), strict=True))
-            found |= _named((*steps, "diagonal"), maps.at_steps(index, exists))
+    maps = Maps.counted(weights, pairs, wanted)
+    found = {"vertical": maps.stripes(), "uniform": maps.overlap()}
+    for measure, expected in ((maps.on_keys, scene.keys()), (maps.on_pairs, scene.pairs())):
+        if expected:
+            found |= _named(expected, measure(_stacked(expected.values())))
+    steps = scene.steps()
+    if steps:
+        index, exists = (_stacked(part) for part in zip(*steps.values(), strict=True))
+        found |= _named((*steps, "diagonal"), maps.at_steps(index, exists))
     if "class_reads" in found:
         found["class_gather"] = _gathered(found["class_reads"], found["others_read"])
     nothing = torch.full_like(found["uniform"].score, torch.nan)

@@ -10,13 +10,13 @@ from torch import Tensor
 from attn_callbacks._checks import in_range
 from attn_callbacks.functional._mixing import (
     checked_maps,
-    checked_pairs,
     masked,
     positive_means,
+    positive_weights,
     residual_mix,
-    single,
     target_rows,
 )
+from attn_callbacks.functional._precision import full_precision
 
 __all__ = ["attention_rollout", "gradient_rollout", "gradient_weights"]
 
@@ -65,15 +65,11 @@ def attention_rollout(
     """
     batch, tokens = checked_maps(weights, valid)
     in_range("residual", residual, 0.0, 1.0)
-    if targets is None:
-        rolled = residual_mix(weights[0], valid, residual)
-        for maps in weights[1:]:
-            rolled = residual_mix(maps, valid, residual) @ rolled
+    rows = None if targets is None else target_rows(targets, batch, tokens, weights[0].device)
+    with full_precision(weights[0].device):
+        rolled = _rolled(weights, valid, residual, rows)
+    if rows is None:
         return masked(rolled, valid)
-    rows = target_rows(targets, batch, tokens, weights[0].device)
-    rolled = _rows(residual_mix(weights[-1], valid, residual), rows)
-    for maps in reversed(weights[:-1]):
-        rolled = rolled @ residual_mix(maps, valid, residual)
     if valid is None:
         return rolled
     valid = valid.to(rolled.device, torch.bool)
@@ -145,10 +141,18 @@ def gradient_weights(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> 
         >>> gradient_weights([torch.full((1, 1, 1, 2), 0.5)], [torch.tensor([[[[1.0, -1.0]]]])])
         [tensor([[[[0.5000, 0.0000]]]])]
     """
-    pairs = checked_pairs(weights, gradients)
-    return [(single(maps) * single(slopes)).clamp_min_(0.0) for maps, slopes in pairs]
+    return positive_weights(weights, gradients)
 
 
-def _rows(mixed: Tensor, rows: Tensor) -> Tensor:
-    """Take the rows ``(batch, targets)`` of ``(batch, tokens, tokens)``."""
-    return mixed.gather(1, rows[..., None].expand(-1, -1, mixed.shape[-1]))
+def _rolled(weights: Sequence[Tensor], valid: Tensor | None, residual: float, rows: Tensor | None) -> Tensor:
+    """Multiply the layers: from below for all queries, from above for the ``rows (batch, targets)``."""
+    if rows is None:
+        rolled = residual_mix(weights[0], valid, residual)
+        for maps in weights[1:]:
+            rolled = residual_mix(maps, valid, residual) @ rolled
+        return rolled
+    last = residual_mix(weights[-1], valid, residual)
+    rolled = last.gather(1, rows[..., None].expand(-1, -1, last.shape[-1]))
+    for maps in reversed(weights[:-1]):
+        rolled = rolled @ residual_mix(maps, valid, residual)
+    return rolled

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import check_axes
+from attn_callbacks.functional._precision import full_precision
 
 __all__ = ["layer_value_norms", "value_norm_weights"]
 
@@ -43,8 +44,9 @@ def value_norm_weights(weights: Tensor, value: Tensor, projection: Tensor | None
     References:
         Kobayashi et al., "Attention is Not Only a Weight: Analyzing Transformers with Vector Norms", 2020, section 2.
     """
-    contents = _contents(weights, value, projection)
-    return weights.detach().to(contents.dtype) * _lengths(contents)
+    with full_precision(weights.device):
+        contents = _contents(weights, value, projection)
+        return weights.detach().to(contents.dtype) * _lengths(contents)
 
 
 def layer_value_norms(weights: Tensor, value: Tensor, projection: Tensor | None = None) -> Tensor:
@@ -78,15 +80,16 @@ def layer_value_norms(weights: Tensor, value: Tensor, projection: Tensor | None 
     References:
         Kobayashi et al., 2020, section 2.
     """
-    contents = _contents(weights, value, projection)
-    maps = weights.detach().to(contents.dtype)
-    if projection is None:
-        return (maps * _lengths(contents)).square().sum(dim=1).sqrt()
-    # of every key, a triangle that keeps the lengths of all sums of its heads' vectors: (batch, keys, heads, heads)
-    triangle = torch.linalg.qr(contents.permute(0, 2, 3, 1), mode="r").R
-    sums = triangle @ maps.permute(0, 3, 1, 2)  # (batch, keys, heads, queries)
-    lengths: Tensor = torch.linalg.vector_norm(sums, dim=2)
-    return lengths.mT
+    with full_precision(weights.device):
+        contents = _contents(weights, value, projection)
+        maps = weights.detach().to(contents.dtype)
+        if projection is None:
+            return (maps * _lengths(contents)).square().sum(dim=1).sqrt()
+        # of every key, a triangle that keeps the lengths of all sums of its heads' vectors: (batch, keys, heads, heads)
+        triangle = torch.linalg.qr(contents.permute(0, 2, 3, 1), mode="r").R
+        sums = triangle @ maps.permute(0, 3, 1, 2)  # (batch, keys, heads, queries)
+        lengths: Tensor = torch.linalg.vector_norm(sums, dim=2)
+        return lengths.mT
 
 
 def _lengths(contents: Tensor) -> Tensor:

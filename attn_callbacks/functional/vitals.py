@@ -28,7 +28,7 @@ def head_vitals(
     | ``key_mass`` | largest mean over rows of the weight on one key |
     | ``max_logit`` | largest score of an allowed key before the softmax |
 
-    About six passes over ``weights``, without gradients; a few rows of a batch are enough.
+    About seven passes over ``weights``, without gradients; a few rows of a batch are enough.
 
     Args:
         weights: Attention weights, each row summing to one; a row of zeros is invalid.
@@ -52,10 +52,10 @@ def head_vitals(
     """
     check_axes("weights", weights, 4)
     frame = Frame(allowed=allowed, valid=valid)
-    weights = weights.detach().float()
-    pairs = frame.pairs(weights)
+    pairs, wanted = frame.pairs(weights), frame.wanted(weights)
+    weights = weights.detach().float().where(pairs, 0.0)  # what may not be attended to must not show, whatever it is
     choices = pairs.sum(dim=-1)
-    counted = (weights.sum(dim=-1) != 0) & (choices > 1) & frame.wanted(weights)  # (batch, heads, rows)
+    counted = (weights.sum(dim=-1) != 0) & (choices > 1) & wanted  # (batch, heads, rows)
     rows = counted.sum(dim=-1)
     entropy = row_entropy(weights) / choices.clamp_min(2).float().log()
     means = [values.where(counted, 0.0).sum(dim=-1) / rows for values in (entropy, weights.amax(dim=-1))]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import check_axes
+from attn_callbacks.functional._precision import full_precision
 
 __all__ = ["WordMaps", "word_maps"]
 
@@ -75,8 +76,9 @@ def word_maps(
     source = _membership("source_words", source_words, key_valid, (batch, keys), columns, weights.device)
     pieces = target.sum(dim=1)  # (batch, target words)
     share = target / pieces.clamp_min(1)[:, None]
-    with torch.autocast(weights.device.type, enabled=False):
-        paid = torch.einsum("bhqk,bks->bhqs", weights.float(), source)
+    counted = target.any(dim=2)[:, None, :, None] & source.any(dim=2)[:, None, None]  # NaN times zero is NaN
+    with full_precision(weights.device):
+        paid = torch.einsum("bhqk,bks->bhqs", weights.float().where(counted, 0.0), source)
         found = torch.einsum("bqt,bhqs->bhts", share, paid)
     return WordMaps(found, pieces > 0, source.any(dim=1))
 

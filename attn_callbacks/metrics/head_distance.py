@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import at_least, check_axes
 from attn_callbacks.metrics.accumulator import Accumulator
+from attn_callbacks.metrics.moments import mean_and_error
 
 __all__ = ["HeadDistance", "HeadDistanceResult"]
 
@@ -75,9 +76,6 @@ class HeadDistance(Accumulator):
     def compute(self) -> HeadDistanceResult:
         """Return distance, standard error and number of samples of every pair of heads."""
         count, first, second = self.moments.unbind(dim=-1)
-        mean = first / count  # 0 / 0 is NaN: no sample
-        variance = (second / count - mean**2).clamp_min(0.0) / (count - 1).clamp_min(1.0)
+        mean, error = mean_and_error(count, first, second)
         distance = mean.sqrt()
-        slope = 1 / (2 * distance.masked_fill(distance == 0, 1.0))
-        error = (variance.sqrt() * slope).masked_fill(count < 2, torch.nan)
-        return HeadDistanceResult(distance, error, count.long())
+        return HeadDistanceResult(distance, error / (2 * distance.masked_fill(distance == 0, 1.0)), count.long())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attn_callbacks._checks import at_least, check_axes
 from attn_callbacks.metrics.accumulator import Accumulator
+from attn_callbacks.metrics.moments import mean_and_error
 
 __all__ = ["MOMENTS", "HeadImportanceMetric", "HeadImportanceResult", "importance_result"]
 
@@ -99,7 +100,4 @@ def importance_result(moments: Tensor) -> HeadImportanceResult:
         - moments: ``(layers, heads, 4)``, float64
     """
     count, first, second, left_out = moments.unbind(dim=-1)
-    mean = first / count  # 0 / 0 is NaN: no example
-    variance = (second / count - mean**2).clamp_min(0.0) / (count - 1).clamp_min(1.0)
-    error = variance.sqrt().masked_fill(count < 2, torch.nan)
-    return HeadImportanceResult(mean, error, count.long(), left_out.long())
+    return HeadImportanceResult(*mean_and_error(count, first, second), count.long(), left_out.long())

@@ -47,6 +47,7 @@ class OutcomeStatistics(LabelAccumulator):
         TypeError: In `update`, if targets are not whole numbers.
 
     Example:
+        >>> import torch
         >>> metric = OutcomeStatistics(layers=1, heads=1, statistics=1, num_classes=2)
         >>> values, right = torch.tensor([0.2, 0.4, 0.9]).view(3, 1, 1), torch.tensor([True, True, False])
         >>> metric.update(0, values, target=torch.tensor([0, 0, 1]), right=right)

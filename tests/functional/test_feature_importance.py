@@ -70,6 +70,7 @@ def test_top_features() -> None:
     assert top_features(torch.arange(10.0)[None], 0.1).sum() == 1
     assert top_features(torch.arange(10.0)[None], 0.01).sum() == 1
     assert torch.equal(top_features(scores, 1.0, features), features)
+    assert top_features(torch.tensor([[1, 9, 5]]), 0.3).tolist() == [[False, True, False]]
 
 
 def test_refusals(tensors: tuple[torch.Tensor, ...]) -> None:

@@ -115,3 +115,14 @@ def test_scipy_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r"needs scipy.*attn-callbacks\[analysis\]"):
         attention_flow([CAUSAL])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_no_flow_of_nothing(value: float) -> None:
+    maps = random_maps(2)
+    maps[1][0, 0, 2, 1] = value
+    with pytest.raises(ValueError, match=r"`weights\[1\]` must be finite between valid tokens"):
+        attention_flow(maps)
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[0, 2] = False
+    assert attention_flow(maps, valid=valid, targets=[0]).isfinite().all()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
-from attn_callbacks.functional import head_distance as module
+from attn_callbacks.functional.divergence import jensen_shannon
 from attn_callbacks.functional.head_distance import head_distance, head_drift
 
 scipy_distance = pytest.importorskip("scipy.spatial.distance")
+module = importlib.import_module("attn_callbacks.functional.head_distance")  # the package has a function of that name
 
 
 def maps(batch: int, heads: int, queries: int, keys: int, seed: int = 0, sharpness: float = 3.0) -> torch.Tensor:
@@ -166,6 +169,23 @@ def test_drift_is_the_distance_of_two_heads() -> None:
     assert head_drift(weights, weights).tolist() == [[0.0] * 4] * 2
 
 
+def test_drift_between_heads_that_share_no_key_is_one() -> None:
+    before = torch.stack([torch.eye(6)[:2], torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0, 0.0]]).expand(2, 6)])[None]
+    assert head_drift(before, before.roll(2, dims=-1)).tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 3.0, 30.0])
+def test_the_three_ways_to_the_divergence_agree(sharpness: float) -> None:
+    """In float64, of pairs by entropies, and of two states in float32: each is as exact as its purpose needs."""
+    weights = maps(2, 4, 5, 7, sharpness=sharpness)
+    own, other = weights[:, :2], weights[:, 2:]
+    expected = jensen_shannon(own, other).square().mean(dim=-1)
+    pairs = head_distance(weights)
+    torch.testing.assert_close(head_drift(own, other).double().square(), expected, rtol=1e-6, atol=1e-9)
+    found = torch.stack([pairs[:, 0, 2], pairs[:, 1, 3]], dim=1).double().square()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=3e-7)
+
+
 def test_drift_without_a_row_is_undefined() -> None:
     weights = maps(2, 2, 3, 3)
     found = head_drift(weights, weights, valid=torch.tensor([[True] * 3, [False] * 3]))
@@ -192,10 +212,19 @@ def test_a_mask_a_head_must_be_the_same_for_all() -> None:
     assert torch.equal(head_distance(weights, allowed=mask), head_distance(weights, allowed=mask[:, :1]))
     assert torch.equal(head_distance([weights] * 2, allowed=mask), head_distance([weights] * 2, allowed=mask[0, 0]))
     mask[0, 1, 3, 0] = False
-    with pytest.raises(ValueError, match="the masks of the heads of layer 0 differ"):
-        head_distance(weights, allowed=mask)
+    for other in (mask, mask[0]):
+        with pytest.raises(ValueError, match="the masks of the heads of layer 0 differ"):
+            head_distance(weights, allowed=other)
+        with pytest.raises(ValueError, match="the masks of the heads of layer 0 differ"):
+            head_drift(weights, weights, allowed=other)
     with pytest.raises(ValueError, match="broadcastable to `weights`"):
         head_distance(weights, allowed=mask[..., :3])
+
+
+def test_an_expanded_mask_is_not_read() -> None:
+    weights = torch.ones(2, 3, 4, 4, device="meta")
+    mask = torch.ones(4, 4, dtype=torch.bool, device="meta")
+    assert head_distance(weights, allowed=mask.expand(2, 3, 4, 4)).shape == (2, 3, 3)
 
 
 def test_what_is_no_attention_is_refused() -> None:
@@ -205,6 +234,12 @@ def test_what_is_no_attention_is_refused() -> None:
         head_distance([])
     with pytest.raises(ValueError, match="`valid` must have shape"):
         head_distance(maps(2, 2, 3, 3), valid=torch.ones(2, 4, dtype=torch.bool))
+    a_head = torch.ones(2, 2, 3, dtype=torch.bool)
+    for measure in (head_distance, lambda weights, valid: head_drift(weights, weights, valid=valid)):
+        with pytest.raises(
+            ValueError, match=r"`valid` must have .* = \(2, 3\), the same for all heads, got \(2, 2, 3\)"
+        ):
+            measure(maps(2, 2, 3, 3), valid=a_head)
     with pytest.raises(ValueError, match="`before` and `after` must have one shape"):
         head_drift(maps(2, 2, 3, 3), maps(2, 2, 3, 4))
 

@@ -115,6 +115,21 @@ def test_what_is_not_finite_is_told_alone(bad: torch.Tensor) -> None:
     assert (alert.kind, alert.heads) == ("not_finite", (1,))
 
 
+def test_a_head_without_rows_does_not_hide_what_is_not_finite() -> None:
+    now = look(entropy=(torch.nan, torch.nan), max_logit=(torch.inf, -torch.inf))
+    now[1, 0] = 0.0
+    (alert,) = health_alerts(now, torch.stack([CALM] * 3), CALM)
+    assert (alert.kind, alert.heads) == ("not_finite", (0,))
+
+
+def test_drift_tells_how_far_its_own_heads_moved() -> None:
+    """The other head always moves by 0.8."""
+    recent = torch.stack([look((0.1 + 0.8 * (step % 2), 0.5)) for step in range(8)])
+    (alert,) = health_alerts(look((0.1, 0.95)), recent, CALM)
+    assert (alert.heads, alert.value) == ((1,), pytest.approx(0.45))
+    assert alert.text == "the normalised entropy of heads 1 moved by up to 0.45 in one look"
+
+
 def test_weights_without_scores_and_looks_without_rows_raise_no_alarm() -> None:
     assert kinds(look(max_logit=-torch.inf), [look(max_logit=-torch.inf)] * 5) == []
     assert kinds(torch.full((2, 5), torch.nan), [CALM]) == []

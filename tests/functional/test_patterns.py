@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from attn_callbacks.functional._maps import of_one_head
 from attn_callbacks.functional.map_patterns import offset_share, uniformity, vertical_mass
 from attn_callbacks.functional.patterns import pattern_scores
 from attn_callbacks.functional.roles import ROLES, head_roles
@@ -102,6 +103,54 @@ def test_padded_queries_do_not_count() -> None:
     assert offset_share(weights, -1, valid=valid).item() == 1.0
 
 
+MEASURES = {
+    "pattern_scores": lambda weights, **masks: pattern_scores(weights, duplicate_pairs(TOKENS)[:, None], **masks),
+    "uniformity": uniformity,
+    "vertical_mass": vertical_mass,
+    "head_roles": lambda weights, **masks: head_roles(
+        weights, TOKENS, special=TOKENS == 0, separator=TOKENS == 1, **masks
+    ),
+    "offset_share": lambda weights, **masks: (offset_share(weights, -1, **masks),),
+}
+TOKENS = torch.tensor([[0, 2, 3, 2, 1, 3], [0, 3, 3, 1, 2, 1]])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_mask_of_heads_is_taken_however_it_is_given(name: str) -> None:
+    """The same for all heads, expanded or written out, or another one for each: a head has the score of its own."""
+    measure, weights = MEASURES[name], torch.rand(2, 3, 6, 6).softmax(dim=-1)
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    expected = measure(weights, allowed=causal)
+    for same in (causal.expand(2, 3, 6, 6), causal.expand(3, 6, 6), causal.expand(2, 3, 6, 6).clone()):
+        torch.testing.assert_close(tuple(measure(weights, allowed=same)), tuple(expected), equal_nan=True)
+    other = torch.stack([causal, causal.flip(-1), torch.ones_like(causal)])
+    rows = torch.rand(2, 3, 6) < 0.7
+    found = measure(weights, allowed=other, valid=rows)
+    for head in range(3):
+        alone = measure(weights[:, head, None], allowed=other[head], valid=rows[:, head, None])
+        for one, field in zip(found, alone, strict=True):
+            torch.testing.assert_close(one[:, head, None], field, equal_nan=True)
+
+
+def test_only_a_mask_that_was_expanded_is_cut_to_one_head() -> None:
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    assert of_one_head(mask.expand(2, 3, 6, 6), 3).shape == (2, 1, 6, 6)
+    assert of_one_head(mask[0].expand(3, 6, 6), 3).shape == (1, 6, 6)
+    for other in (mask.repeat(1, 3, 1, 1), mask[0, 0], mask.expand(2, 4, 6, 6)):  # the last does not fit
+        assert of_one_head(other, 3) is other
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_the_score_of_a_head_does_not_depend_on_the_others(name: str) -> None:
+    """A row of zeros is no data of its head, and leaves the others theirs."""
+    measure, weights = MEASURES[name], torch.rand(2, 3, 6, 6).softmax(dim=-1)
+    weights[:, 1, 4], weights[0, 2] = 0.0, 0.0
+    found = measure(weights)
+    for head in range(3):
+        for one, alone in zip(found, measure(weights[:, head, None]), strict=True):
+            torch.testing.assert_close(one[:, head, None], alone, equal_nan=True)
+
+
 def test_induction_is_the_published_pattern_under_a_causal_mask() -> None:
     tokens = torch.tensor([[3, 4, 3, 3, 4, 9]])
     expected = torch.zeros(6, 6, dtype=torch.bool)
@@ -165,8 +214,9 @@ def test_uniform_rows_are_not_positional() -> None:
         ({"targets": torch.ones(3, 3)}, "`targets` must have 4 axes"),
         ({"targets": torch.ones(1, 1, 4, 3)}, r"`targets` must have shape .* = \(2 or 1, patterns, 3, 3\), got"),
         ({"targets": torch.ones(3, 1, 3, 3)}, "`targets` must have shape"),
-        ({"allowed": torch.ones(1, 2, 3, 3)}, "must be the same for all heads. Pass the heads one by one"),
-        ({"valid": torch.ones(2, 2, 3)}, "must be the same for all heads"),
+        ({"allowed": torch.ones(1, 3, 3, 3)}, "`allowed` must be broadcastable to `weights`"),
+        ({"allowed": torch.ones(1, 1, 3, 3).expand(1, 3, 3, 3)}, "`allowed` must be broadcastable to `weights`"),
+        ({"valid": torch.ones(2, 3, 3)}, "`valid` must have shape"),
     ],
 )
 def test_wrong_argument_raises(arguments: dict[str, torch.Tensor], message: str) -> None:

@@ -73,13 +73,23 @@ def test_causal_uniform_head_is_uniform_at_every_length(tokens: int) -> None:
     scores = head_roles((allowed / allowed.sum(-1, keepdim=True))[None, None], allowed=allowed)
     assert label_of(scores) == "uniform"
     others = scores.strength()[0, 0, : ROLES.index("uniform")]
-    torch.testing.assert_close(others.nan_to_num(0.0), torch.zeros(len(ROLES) - 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(others.nan_to_num(0.0), torch.zeros(len(ROLES) - 1), atol=1e-5, rtol=0)
 
 
 def test_plain_sink_score_alone_would_have_called_a_short_uniform_head_a_sink() -> None:
     allowed = torch.ones(8, 8, dtype=torch.bool).tril()
     scores = head_roles((allowed / allowed.sum(-1, keepdim=True))[None, None], allowed=allowed)
     assert scores.score[0, 0, ROLES.index("sink")] > THRESHOLDS["sink"]
+
+
+def test_a_role_that_is_no_candidate_takes_no_margin_away() -> None:
+    scores = made(previous=0.9, induction=0.95)
+    scores.coverage[..., ROLES.index("induction")] = 0.05
+    found = label_roles(scores)
+    assert ROLE_LABELS[int(found.label)] == "previous"
+    assert float(found.confidence) == pytest.approx(0.4)  # above its threshold, with no rival
+    found = label_roles(scores, min_coverage=0.05)
+    assert (ROLE_LABELS[int(found.label)], float(found.confidence)) == ("induction", pytest.approx(0.05))
 
 
 def made(coverage: float = 1.0, **strengths: float) -> PatternScores:

@@ -217,6 +217,9 @@ def test_no_value_is_read() -> None:
         ({"window": -1}, "`window` must be at least 0, got -1"),
         ({"long_range": 0.0}, "`long_range` must be above 0"),
         ({"weights": torch.ones(2, 1, 3, 6)}, "`positions` must say which query each row is"),
+        ({"positions": torch.tensor([0, 1, 2, 3, 4, 6])}, "`positions` must lie between 0 and 5, got 6"),
+        ({"positions": torch.tensor([[0, 1, 2, 3, 4, -1]] * 2)}, "`positions` must lie between 0 and 5, got -1"),
+        ({"positions": torch.arange(6.0)}, r"`positions` must be positions \(integers\), got torch.float32"),
     ],
 )
 def test_wrong_argument_raises(arguments: dict[str, object], message: str) -> None:
