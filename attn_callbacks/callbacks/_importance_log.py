@@ -78,7 +78,10 @@ def _removable(study: HeadStudy, rise: float) -> Iterator[str]:
         return
     curve, found = study.pruning, study.pruning.removable(rise)
     if not found.heads:
-        yield f"No head can go within {rise:.1%} of the loss ({curve.loss:.4g})."
+        yield (
+            f"No head is surely without a rise of {rise:.1%} of the loss ({curve.loss:.4g}) on these samples. More "
+            "`batches`, or a larger `rise`, may show some."
+        )
         return
     listed = ", ".join(f"{layer} · {head}" for layer, head in found.heads[:_MOST])
     more = "" if len(found.heads) <= _MOST else f" and {len(found.heads) - _MOST} more"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_callbacks._checks import integer
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._layers import drawn_rows, known_tokens, maps_per_sample
 from attn_callbacks.callbacks._samples import patch_grid
@@ -16,7 +17,7 @@ from attn_callbacks.capture import AttentionCall
 from attn_callbacks.functional.patterns import PatternScores
 from attn_callbacks.functional.roles import head_roles
 
-__all__ = ["RoleReader", "RowMaps", "scores_of_samples", "token_ids"]
+__all__ = ["RoleReader", "RowMaps", "id_list", "scores_of_samples", "token_ids"]
 
 Grid = tuple[int, int, int]
 
@@ -116,6 +117,19 @@ def scores_of_samples(scores: PatternScores, samples: int | None) -> PatternScor
     defined = ~scores.score.isnan()
     score, chance = (field.where(defined, torch.nan) for field in (scores.score, scores.chance))
     return PatternScores(*(field.unflatten(0, (samples, -1)).nanmean(dim=1) for field in (score, chance, scores[2])))
+
+
+def id_list(name: str, given: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return a list of numbers as a tuple.
+
+    Raises:
+        TypeError: If it is a single string or number, or holds something else.
+    """
+    if given is None:
+        return None
+    if isinstance(given, (str, int)):
+        raise TypeError(f"`{name}` must be a list of numbers, got {given!r}. Pass [{given!r}].")
+    return tuple(integer(name, number) for number in given)
 
 
 def token_ids(given: Sequence[int] | None, tokenizer: Any, name: str) -> tuple[int, ...]:

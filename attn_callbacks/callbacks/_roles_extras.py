@@ -40,16 +40,19 @@ class RoleExtras:
     Args:
         trainer: Knows the device and the strategy.
         layers: Names or glob patterns of attention modules.
-        clusters: Cluster heads.
+        clusters: Cluster heads: in as many clusters as fit best, or in so many.
         vocabulary: Number of token ids of the probe; ``None`` for none.
     """
 
-    def __init__(self, trainer: Trainer, layers: Sequence[str] | None, clusters: bool, vocabulary: int | None) -> None:
+    def __init__(
+        self, trainer: Trainer, layers: Sequence[str] | None, clusters: bool | int, vocabulary: int | None
+    ) -> None:
         self.clusters: HeadClusters | None = None
         self.probe: PatternProbeResult | None = None
         self._trainer, self._layers = trainer, layers
         self._guards = Guard("The clusters of `HeadRoles`"), Guard("The probe of `HeadRoles`")
-        self._wants_clusters = clusters and _has_scipy()
+        self._wants_clusters = bool(clusters) and _has_scipy()
+        self._number = None if isinstance(clusters, bool) else clusters
         self._vocabulary = vocabulary
         if vocabulary is not None and is_sharded(trainer):
             self._vocabulary = None
@@ -70,7 +73,9 @@ class RoleExtras:
         distances, layers, sizes = memory.distances(self._trainer.strategy.root_device)
         if sum(sizes) < 2:
             return
-        before, self.clusters = self.clusters, cluster_heads(distances, layer_names=layers, heads_per_layer=sizes)
+        number = None if self._number is None else min(self._number, sum(sizes))
+        found_now = cluster_heads(distances, clusters=number, layer_names=layers, heads_per_layer=sizes)
+        before, self.clusters = self.clusters, found_now
         if before is not None and before.layer_names == self.clusters.layer_names:
             found.scalars["roles/cluster_agreement"] = self.clusters.agreement(before)
         found.pictures |= cluster_pictures(self.clusters, f"epoch {self._trainer.current_epoch}")

@@ -58,9 +58,13 @@ def share_scalars(result: HeadRolesResult) -> dict[str, float]:
     }
 
 
-def change_text(changes: Sequence[RoleChange]) -> str:
-    """Return changes as a list in Markdown."""
-    return _listed([f"epoch {change.epoch}: {change}" for change in changes])
+def change_text(changes: Sequence[RoleChange], unsure: int) -> str:
+    """Return changes as a list in Markdown, and the number of those that are not sure; empty without any."""
+    told = [f"epoch {change.epoch}: {change}" for change in changes]
+    if unsure:
+        more = "more " if told else ""
+        told.append(f"{more}labels that differ from the last look without being sure: {unsure}")
+    return _listed(told) if told else ""
 
 
 def redundant_text(clusters: HeadClusters) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attn_callbacks._checks import at_least, in_range, integer, name_list
+from attn_callbacks._checks import at_least, in_range, name_list
 from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.analysis.clusters import HeadClusters
 from attn_callbacks.analysis.pattern_probe import PatternProbeResult
@@ -19,7 +19,7 @@ from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._agreed import log_monitored
 from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
-from attn_callbacks.callbacks._roles_batch import RoleReader, token_ids
+from attn_callbacks.callbacks._roles_batch import RoleReader, id_list, token_ids
 from attn_callbacks.callbacks._roles_extras import RoleExtras
 from attn_callbacks.callbacks._roles_log import (
     MONITORED,
@@ -75,7 +75,7 @@ class HeadRoles(ValidationObserver):
         grid: ``(rows, columns, prefix)`` of image patches; ``None`` reads it off the batch's images.
         rows: Query rows looked at in each sequence, the same ones every time; shorter sequences are exact.
         margin: How clear a label must be to count as sure. A declared heuristic.
-        clusters: Cluster heads on the fixed samples.
+        clusters: Cluster heads on the fixed samples: ``True`` in as many clusters as fit best, or a number of them.
         drift_samples: Number of fixed samples, the first ones; 0 for neither drift nor clusters.
         probe_vocabulary: Also show the module a random text twice, of this many token ids, and look for induction
             heads (``roles/probe``): runs ``module(ids)`` after each look, on the first process.
@@ -100,19 +100,19 @@ class HeadRoles(ValidationObserver):
         grid: Sequence[int] | None = None,
         rows: int = 128,
         margin: float = 0.1,
-        clusters: bool = True,
+        clusters: bool | int = True,
         drift_samples: int = 8,
         probe_vocabulary: int | None = None,
     ) -> None:
         super().__init__(schema, every_n_epochs, every_n_batches)
         self.layers = None if layers is None else name_list("layers", layers)
-        self.special, self.separator = _ids("special", special), _ids("separator", separator)
-        self.grid = _ids("grid", grid)
+        self.special, self.separator = id_list("special", special), id_list("separator", separator)
+        self.grid = id_list("grid", grid)
         if self.grid is not None and len(self.grid) != 3:
             raise ValueError(f"`grid` must be (rows, columns, prefix), got {grid}.")
         self.rows = at_least("rows", rows, 2)
         self.margin = in_range("margin", margin, 0.0, 1.0)
-        self.clusters = clusters
+        self.clusters: bool | int = clusters if isinstance(clusters, bool) else at_least("clusters", clusters, 2)
         self.drift_samples = at_least("drift_samples", drift_samples, 0)
         self.probe_vocabulary = None if probe_vocabulary is None else at_least("probe_vocabulary", probe_vocabulary, 32)
         self.result: HeadRolesResult | None = None
@@ -168,8 +168,8 @@ class HeadRoles(ValidationObserver):
         grid = None if self.grid is None else (self.grid[0], self.grid[1], self.grid[2])
         self._reader = RoleReader(self.schema, special, separator, grid, self.rows)
         if trainer.is_global_zero:
-            wants_clusters = self.clusters and self.drift_samples > 0
-            self._extras = RoleExtras(trainer, self.layers, wants_clusters, self.probe_vocabulary)
+            clusters = self.clusters if self.drift_samples else False
+            self._extras = RoleExtras(trainer, self.layers, clusters, self.probe_vocabulary)
 
     def _detach(self) -> None:
         super()._detach()
@@ -233,18 +233,11 @@ class HeadRoles(ValidationObserver):
         self.head_clusters, self.probe = self._extras.clusters, self._extras.probe
         pictures = {tag: self._writer.submit(draw) for tag, draw in {**drawn, **found.pictures}.items()}
         log_point(trainer, self._writer, self._folder, pictures, with_epoch(trainer, {**scalars, **found.scalars}))
-        texts = {**({"roles/changes": change_text(changes)} if changes else {}), **found.texts}
-        for tag, text in texts.items():
-            log_text(trainer, tag, text)
+        told = change_text(changes, self._history.unsure_changes() if self._fitting else 0)
+        for tag, text in {"roles/changes": told, **found.texts}.items():
+            if text:
+                log_text(trainer, tag, text)
         if self._folder is not None:
             path = self._folder / "attention" / "head_roles.csv"
             append = partial(append_roles, path, trainer.current_epoch, trainer.global_step, result, self.drift)
             self._writer.submit(append)
-
-
-def _ids(name: str, given: Sequence[int] | None) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    if isinstance(given, (str, int)):
-        raise TypeError(f"`{name}` must be a list of numbers, got {given!r}. Pass [{given!r}].")
-    return tuple(integer(name, number) for number in given)

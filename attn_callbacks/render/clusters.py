@@ -18,7 +18,7 @@ __all__ = ["cluster_colours", "cluster_layout", "cluster_matrix"]
 
 NONE = (176, 180, 184)  # a head without a cluster
 STRIP, TREE, LABEL_ROOM, LINE = 10, 120, 80, 13
-MOST = 900  # pixels of a matrix, as long as a cell keeps two of them
+MOST = 1008  # pixels of a matrix, as long as a cell keeps two of them: 6 x 12 heads have their names
 PLANE, RADIUS = 560, 5
 
 

@@ -182,6 +182,26 @@ def test_changes_are_told_as_text(tmp_path: Path) -> None:
     assert told == [("roles/changes", f"- epoch 1: net head 0 became a uniform head ({1:.2f}, was sink)", 2)]
 
 
+def test_changes_that_are_not_sure_are_counted_in_the_text(tmp_path: Path) -> None:
+    roles, logger = HeadRoles(clusters=False, margin=0.4), board_logger(tmp_path)
+    told: list[str] = []
+    logger.experiment.add_text = lambda tag, text, step: told.append(text)
+    module = Schedule(("previous", "sink"), ("mixed", "sink"), ("previous", "previous"))
+    fit(module, quiet_trainer(tmp_path, [roles], logger=logger, max_epochs=3), loader(8), loader(8))
+    assert roles.timeline[1]["labels"][0][0] != "previous"
+    sure = f"- epoch 2: net head 1 became a previous-token head ({1:.2f}, was sink)"
+    assert told == ["- labels that differ from the last look without being sure: 1", sure]
+
+
+@pytest.mark.parametrize("clusters", [2, 3])
+def test_a_number_of_clusters_may_be_given(clusters: int, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    roles = run(Classifier(Planted("previous", "uniform", "sink", "sink")), tmp_path, clusters=clusters)
+    assert roles.head_clusters is not None
+    assert roles.head_clusters.clusters == clusters
+    assert roles.head_clusters.labels[0, 2] == roles.head_clusters.labels[0, 3]
+
+
 def test_the_timeline_continues_after_a_checkpoint(tmp_path: Path) -> None:
     plans = [("sink",), ("sink",), ("previous",)]
     first = HeadRoles()
