@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("attn_callbacks", "losses")
 LIGHTNING = frozenset({"lightning", "pytorch_lightning", "lightning_fabric"})
 
-# Room -> the other rooms of attn_callbacks it may import. `_checks` is open to all and is left out.
+# Room -> the other rooms of attn_callbacks it may import. `_checks` and `_plain` are open to all and are left out.
 ROOMS: dict[str, set[str]] = {
     "_checks": set(),
     "_lightning": set(),
+    "_plain": set(),
     "batch": set(),
     "functional": set(),
     "capture": {"functional"},
@@ -40,6 +41,7 @@ ROOMS["__init__"] = set(ROOMS)  # loads them lazily; `LOADS` below holds it to t
 # Room -> what it may import besides the standard library. `losses` stands for the whole package.
 LIBRARIES: dict[str, set[str]] = {
     "_checks": set(),
+    "_plain": set(),
     "_lightning": {"lightning", "pytorch_lightning", "lightning_utilities"},
     "batch": {"torch"},
     "capture": {"torch", "transformers"},  # transformers inside functions only; `LOADS` holds it to that
@@ -113,7 +115,7 @@ def violations(source: str, room: str) -> Iterator[str]:
             if package != room and package not in sys.stdlib_module_names | LIBRARIES[room]:
                 yield f"line {line}: `{room}` may not import {name!r}"
         elif package == "attn_callbacks":
-            if target not in {room, "_checks", "__version__"} | ROOMS[room]:
+            if target not in {room, "_checks", "_plain", "__version__"} | ROOMS[room]:
                 yield f"line {line}: `{room}` may not import {name!r}"
         elif package not in sys.stdlib_module_names | LIBRARIES[room]:
             yield f"line {line}: `{room}` may not import {name!r}"

@@ -59,6 +59,13 @@ class Budget:
         self._total, self._done = max(1, steps), 0
         self._tell(0.0)
 
+    def expect(self, steps: int) -> None:
+        """Say how many steps are left after all."""
+        total = max(1, self._done + steps)
+        if total != self._total:
+            self._total = total
+            self._tell(min(1.0, self._done / total))
+
     def step(self, steps: int = 1) -> None:
         """Say that some are done."""
         self._done += steps

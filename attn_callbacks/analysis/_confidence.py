@@ -22,8 +22,9 @@ class Confidence:
         with torch.no_grad():
             largest = [call.weights(rows).amax(dim=-1) for rows in row_chunks(call.shape, call.device)]
             highest = torch.cat(largest, dim=-1).double()  # (batch, heads, queries)
-            valid = (call.query_valid[:, None] & (highest > 0)).double()
-            self._found.setdefault(name, []).append(((highest * valid).sum(dim=-1), valid.sum(dim=-1)))
+            valid = call.query_valid[:, None] & (highest > 0)
+            sums = highest.where(valid, 0.0).sum(dim=-1), valid.sum(dim=-1).double()
+            self._found.setdefault(name, []).append(sums)
 
     def read(self, sizes: dict[str, int], samples: int) -> Tensor:
         """Return ``(all heads, samples)``, NaN where a sample has no valid query."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Eraser:
         self.model, self._logits, self._replacement = model, logits, replacement
         self._grid, self._batch_size = grid, batch_size
         self.features = _count(inputs, grid)
+        if not len(inputs):
+            raise ValueError("`inputs` holds no sample.")
         if self.valid is not None and (grid is not None or tuple(self.valid.shape) != (len(inputs), self.features)):
             raise ValueError(
                 f"`valid` must have shape (samples, tokens) = {(len(inputs), self.features)} and belongs to tokens, "
@@ -64,6 +66,12 @@ class Eraser:
             got = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"`logits` must return (samples, classes) for {len(inputs)} samples, got {got}.")
         return found
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the inputs and their ``valid``, at most ``batch_size`` samples at a time."""
+        for rows in torch.arange(len(self.inputs)).split(self._batch_size):
+            own = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield self.inputs[own], None if self.valid is None else self.valid[own]
 
     def log_probabilities(self, samples: Tensor, removed: Tensor, target: Tensor) -> Tensor:
         """Return the log-probability of each sample's class with features removed, float64 on the CPU.

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks.analysis._batches import outside_inference
+from attn_callbacks.analysis._budget import Budget
 from attn_callbacks.analysis._prefix import Prefix, PrefixRecorder
 from attn_callbacks.analysis._quiet import drawing_devices, undisturbed
+from attn_callbacks.analysis._recorded import Recorded
 from attn_callbacks.analysis._switches import Gates, HeadMeans, Removal, Size
 from attn_callbacks.analysis._table import HeadTable
 from attn_callbacks.capture import AttentionCall, AttentionNotFoundError, HeadIntervention, call_name
-from attn_callbacks.capture.selection import checked_layers, checked_model
+from attn_callbacks.capture.selection import checked_layers, checked_model, is_selected
 
-__all__ = ["HeadExperiment", "Loss", "Recorded"]
+__all__ = ["HeadExperiment", "Loss"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Change = Callable[[AttentionCall], Tensor | None]
-
-_NO_CHANGE = (
-    "The loss of every sample stays as it is with all heads off, so nothing can be said about single ones. Let `loss` "
-    "run `model` on the batch, and check that what it returns depends on the attention that `layers` selects."
-)
-
-
-class Recorded:
-    """An unchanged run, and where runs with heads off may begin.
-
-    Args:
-        losses: One a sample.
-        prefixes: By layer.
-        names: Layers of all calls, in the order in which they came.
-    """
-
-    def __init__(self, losses: Tensor, prefixes: Mapping[str, Prefix], names: Sequence[str]) -> None:
-        self.losses = losses
-        self._prefixes, self._names = prefixes, names
-
-    def start(self, layers: Collection[str]) -> tuple[Prefix | None, tuple[str, ...]]:
-        """Return the prefix of the first of ``layers``, and the names of the calls that follow it."""
-        prefix = next((self._prefixes[name] for name in self._names if name in layers and name in self._prefixes), None)
-        if prefix is None or not prefix.is_intact:
-            return None, ()
-        return prefix, tuple(name for number, name in enumerate(self._names) if number not in prefix.skipped)
 
 
 class HeadExperiment:
@@ -67,42 +44,41 @@ class HeadExperiment:
         self._devices = drawing_devices(model)
         self.batches: tuple[Any, ...] = ()
         self.table = HeadTable({})
+        self.unchanged: Tensor | None = None  # losses of the first batch
 
     @contextmanager
     def open(self, *, find: bool = True) -> Iterator[None]:
         """Put the model into evaluation, read the batches and find the heads.
 
         Args:
-            find: Find them by a run of the first batch; else the first run with `gates` does.
+            find: Find them by a run of the first batch; else `gates` does.
 
         Raises:
             RuntimeError: If ``loss`` does not run the model.
             ValueError: If there is no batch.
         """
         with undisturbed(self.model):
-            self.batches = tuple(self._iterable)
+            self.batches = tuple(map(outside_inference, self._iterable))
             if not self.batches:
                 raise ValueError("`batches` holds no batch.")
             if find:
-                size = Size()
-                self._run(self.batches[0], size, self.layers)
+                size = Size(self._is_wanted)
+                self.unchanged = self._run(self.batches[0], size, self.layers)
                 self._found(size.heads)
             yield
 
-    def check(self, first: Tensor | None = None) -> None:
-        """Check that heads matter.
+    def find_all(self, budget: Budget) -> None:
+        """Find the heads of layers that only run in other batches than the first, by a run of each.
 
         Args:
-            first: Losses of the first batch, if they are known.
-
-        Raises:
-            RuntimeError: If the losses with all heads off are those without.
+            budget: Says when to stop looking.
         """
-        for number, batch in enumerate(self.batches):
-            plain = first if number == 0 and first is not None else self.losses(batch)
-            if not torch.allclose(self.losses(batch, range(len(self.table))), plain, rtol=0, atol=0, equal_nan=True):
+        for batch in self.batches[1:]:
+            if budget.is_spent:
                 return
-        raise RuntimeError(_NO_CHANGE)
+            size = Size(self._is_wanted)
+            self._run(batch, size)
+            self._found(size.heads)
 
     def losses(
         self,
@@ -126,20 +102,32 @@ class HeadExperiment:
         return self._replayed(batch, prefix, Removal(by_layer, means, labels))
 
     def gates(
-        self, batch: Any, off: Iterable[int] = (), look: Callable[[str, AttentionCall], None] | None = None
+        self,
+        batch: Any,
+        off: Iterable[int] = (),
+        look: Callable[[str, AttentionCall], None] | None = None,
+        *,
+        find: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return the losses ``(samples,)`` and the gradients of gates on all heads ``(all heads, samples)``.
 
         Gradients are NaN for layers that none reached, and 0 for heads that are off.
 
+        Args:
+            batch: The batch.
+            off: Numbers of heads.
+            look: Called with each of the calls.
+            find: Take in layers that were not known.
+
         Raises:
             ValueError: If the losses have no graph.
         """
-        known = bool(len(self.table))
-        gates = Gates(self.table.names if known else None, Removal(self.table.by_layer(off)), look)
+        known, sizes = bool(len(self.table)), self.table.sizes
+        wanted = self._is_wanted if find else lambda call: call_name(call) in sizes
+        gates = Gates(wanted, Removal(self.table.by_layer(off)), look)
         with torch.enable_grad():
             losses = self._raw(batch, gates, None if known else self.layers)
-            if not known:
+            if find:
                 self._found(gates.heads)
             if not losses.requires_grad:
                 raise ValueError(
@@ -197,18 +185,27 @@ class HeadExperiment:
                 return False
         return True
 
-    def means(self, step: Callable[[], None]) -> dict[str, Tensor]:
-        """Return the mean output of every head over all batches, ``(heads, head_dim)`` by layer."""
+    def means(self, budget: Budget) -> dict[str, Tensor] | None:
+        """Return the mean output of every head over all batches, ``(heads, head_dim)`` by layer.
+
+        Args:
+            budget: Counts the runs. ``None`` is returned where its time was up before the last one.
+        """
         means = HeadMeans()
         for batch in self.batches:
+            if budget.is_spent:
+                return None
             self._run(batch, means)
-            step()
+            budget.step()
         return means.means()
 
+    def _is_wanted(self, call: AttentionCall) -> bool:
+        return is_selected(call.name, self.layers)
+
     def _found(self, heads: Mapping[str, int]) -> None:
-        if not heads:
+        self.table = self.table.extended(heads)
+        if not len(self.table):
             raise RuntimeError("`loss` runs no attention of `model`. Let it run the `model` that it is given.")
-        self.table = HeadTable(heads)
 
     def _replayed(self, batch: Any, prefix: Prefix, change: Change) -> Tensor:
         with prefix.replayed():

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis.partitions import adjusted_rand_index
 
 __all__ = ["Head", "HeadClusters", "RedundantPair"]
 
 Head = tuple[int, int]
-"""Layer and number of a head."""
+"""Number of its layer, and its own: `ablate_heads` and others take heads in this form too."""
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,6 @@ class HeadClusters:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and strings; NaN becomes ``None``."""
-        plain = {name: _plain(value) for name, value in vars(self).items() if name != "redundant"}
-        pairs = [{name: _plain(value) for name, value in vars(pair).items()} for pair in self.redundant]
-        means = {"mean_silhouette": _plain(self.mean_silhouette), "mean_stability": _plain(self.mean_stability)}
-        return {**plain, "redundant": pairs, **means}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and value != value else value
+        found: dict[str, Any] = {**vars(self), "redundant": [vars(pair) for pair in self.redundant]}
+        means = {"mean_silhouette": self.mean_silhouette, "mean_stability": self.mean_stability}
+        return {name: plain(value) for name, value in {**found, **means}.items()}

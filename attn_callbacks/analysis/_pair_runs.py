@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attn_callbacks.analysis._ablated_runs import AblatedRuns
 from attn_callbacks.analysis._budget import Budget
+from attn_callbacks.analysis._doubts import check_heads, check_reached
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
 
@@ -26,26 +28,18 @@ class PairSums:
 
 def exact_pairs(experiment: HeadExperiment, budget: Budget, pairs: list[tuple[int, int]], *, mean: bool) -> PairSums:
     """Run without each head of ``pairs``, then without both of each pair."""
-    batches, sums, reuses = experiment.batches, PairSums(len(experiment.table)), False
+    sums, changes = PairSums(len(experiment.table)), dict[tuple[int, ...], Tensor]()
     singles = sorted({head for pair in pairs for head in pair})
-    budget.plan(len(batches) * (len(singles) + len(pairs) + mean))
-    means = experiment.means(budget.step) if mean else None
-    for number, batch in enumerate(batches):
-        recorded = experiment.record(batch)
-        if number == 0:
-            experiment.check(recorded.losses)
-            reuses = experiment.can_reuse(batch, recorded, singles)
-        sums.losses.add(recorded.losses)
-        changes: dict[tuple[int, ...], Tensor] = {}
-        for off in [*((head,) for head in singles), *pairs]:
-            if budget.is_spent:
-                return sums
-            changes[off] = experiment.losses(batch, off, means, recorded if reuses else None) - recorded.losses
-            if len(off) == 1:
-                sums.alone.add(changes[off], *off)
-            else:
-                _add_pair(sums, off, changes)
-            budget.step()
+    sets: list[tuple[int, ...]] = [*((head,) for head in singles), *pairs]
+    runs = AblatedRuns(experiment, budget, sets)
+    sums.losses = runs.losses
+    for index, change in runs.changes(mean=mean):
+        off = sets[index]
+        changes[off] = change  # singles come first in each batch
+        if len(off) == 1:
+            sums.alone.add(change, *off)
+        else:
+            _add_pair(sums, off, changes)
     return sums
 
 
@@ -64,7 +58,8 @@ def estimated_pairs(experiment: HeadExperiment, budget: Budget) -> PairSums:
     for number, batch in enumerate(experiment.batches):
         losses, gates = experiment.gates(batch)
         if number == 0:
-            experiment.check(losses)
+            check_heads(experiment, budget, losses)
+            _check_reached(experiment, gates)
         sums.losses.add(losses)
         budget.step()
         changes = torch.full((heads, heads, len(losses)), torch.nan)  # of the gate of each column, without each row
@@ -80,6 +75,16 @@ def estimated_pairs(experiment: HeadExperiment, budget: Budget) -> PairSums:
         if budget.is_spent:
             break
     return sums
+
+
+def _check_reached(experiment: HeadExperiment, first: Tensor) -> None:
+    """Look for a gradient in the other batches as well, if there is none in the first."""
+    found = first
+    for batch in experiment.batches[1:]:
+        if bool(found.nan_to_num().any()):
+            return
+        _, found = experiment.gates(batch)
+    check_reached(found)
 
 
 def _add_all(sums: PairSums, changes: Tensor, *, is_first: bool) -> None:

@@ -56,22 +56,24 @@ class Gates:
     """Gives every head of every sample a gate of one, and knows the gradients of these gates after a backward.
 
     Args:
-        names: Layers whose heads get gates; ``None``: all.
+        wanted: Tells of a call whether its heads get gates.
         removal: Takes heads away before.
         look: Called with each of these calls before anything is done.
     """
 
     def __init__(
-        self, names: Sequence[str] | None, removal: Removal, look: Callable[[str, AttentionCall], None] | None = None
+        self,
+        wanted: Callable[[AttentionCall], bool],
+        removal: Removal,
+        look: Callable[[str, AttentionCall], None] | None = None,
     ) -> None:
         self.heads: dict[str, int] = {}
-        self._names = None if names is None else frozenset(names)
-        self._removal, self._look = removal, look
+        self._wanted, self._removal, self._look = wanted, removal, look
         self._gates: list[tuple[str, Tensor]] = []
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
         name, output = call_name(call), call.output
-        if output is None or (self._names is not None and name not in self._names):
+        if output is None or not self._wanted(call):
             return None
         self.heads.setdefault(name, call.shape[1])
         if self._look is not None:
@@ -129,7 +131,7 @@ class HeadMeans:
         if call.query is None and _are_weights(output, call.shape[3]):
             raise ValueError(_no_mean(name))
         valid = call.query_valid
-        total = (output.double() * valid[:, None, :, None]).sum(dim=(0, 2))
+        total = output.double().where(valid[:, None, :, None], 0.0).sum(dim=(0, 2))  # padded rows may be NaN
         if name in self._sums and self._sums[name].shape != total.shape:
             raise ValueError(_no_mean(name))
         self._sums[name] = self._sums[name] + total if name in self._sums else total
@@ -141,13 +143,20 @@ class HeadMeans:
 
 
 class Size:
-    """Notes the names of calls, their numbers of heads, and how many they are."""
+    """Notes the names of calls, their numbers of heads, and how many they are.
 
-    def __init__(self) -> None:
+    Args:
+        wanted: Tells of a call whether it is noted; ``None``: all.
+    """
+
+    def __init__(self, wanted: Callable[[AttentionCall], bool] | None = None) -> None:
         self.heads: dict[str, int] = {}
         self.calls = 0
+        self._wanted = wanted
 
     def __call__(self, call: AttentionCall) -> None:
+        if self._wanted is not None and not self._wanted(call):
+            return
         self.calls += 1
         self.heads.setdefault(call_name(call), call.shape[1])
 

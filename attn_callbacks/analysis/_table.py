@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Head", "HeadTable"]
+__all__ = ["Head", "HeadLike", "HeadTable"]
 
 Head = tuple[str, int]
 """Name of an attention call, as :func:`attn_callbacks.capture.call_name` gives it, and number of the head."""
+
+HeadLike = Head | tuple[int, int]
+"""A head, or the number of its layer in the order of the results and its own; lists will do."""
 
 
 class HeadTable:
@@ -32,26 +37,39 @@ class HeadTable:
         self.names = tuple(sizes)
         self.heads: tuple[Head, ...] = tuple((name, head) for name, size in sizes.items() for head in range(size))
         self._numbers = {head: number for number, head in enumerate(self.heads)}
-        self._layers = {name: number for number, name in enumerate(self.names)}
 
     def __len__(self) -> int:
         return len(self.heads)
 
-    def number(self, head: Head) -> int:
+    def extended(self, sizes: Mapping[str, int]) -> HeadTable:
+        """Return a table with the layers of another run as well, each behind the one it followed there.
+
+        Raises:
+            ValueError: If a layer has another number of heads there.
+        """
+        names, place = list(self.names), 0
+        for name, size in sizes.items():
+            if self.sizes.get(name, size) != size:
+                raise ValueError(f"{name!r} has {self.sizes[name]} heads in one batch and {size} in another.")
+            if name not in self.sizes:
+                names.insert(place, name)
+            place = names.index(name) + 1
+        return HeadTable({name: {**sizes, **self.sizes}[name] for name in names})
+
+    def number(self, head: HeadLike) -> int:
         """Return the number of a head.
 
         Raises:
             ValueError: If there is none such.
         """
-        found = self._numbers.get((str(head[0]), int(head[1]))) if _is_head(head) else None
+        found = self._numbers.get(self._key(head)) if _is_head(head) else None
         if found is None:
             known = ", ".join(f"{name!r} with {size}" for name, size in self.sizes.items())
-            raise ValueError(f"`{head!r}` is no head: give (layer, head). Layers and their numbers of heads: {known}.")
+            raise ValueError(
+                f"`{head!r}` is no head: give (layer, head), the layer by name or number. Layers and their numbers of "
+                f"heads: {known}."
+            )
         return found
-
-    def layer(self, number: int) -> int:
-        """Return the number of the layer that a head is in."""
-        return self._layers[self.heads[number][0]]
 
     def by_layer(self, numbers: Iterable[int]) -> dict[str, list[int]]:
         """Return the heads of each layer among ``numbers``."""
@@ -80,10 +98,23 @@ class HeadTable:
             raise ValueError(f"Scores must have shape (layers, heads) = {shape}, got {tuple(table.shape)}.")
         return torch.cat([row[:size] for row, size in zip(table, self.sizes.values(), strict=True)])
 
-    def chosen(self, heads: Sequence[Head] | None) -> list[int]:
+    def chosen(self, heads: Sequence[HeadLike] | None) -> list[int]:
         """Return the numbers of ``heads``; ``None`` takes all."""
         return list(range(len(self))) if heads is None else [self.number(head) for head in heads]
 
+    def _key(self, head: Any) -> Head:
+        layer, number = head
+        if not isinstance(layer, str):
+            layer = self.names[int(layer)] if 0 <= layer < len(self.names) else ""
+        return str(layer), int(number)
+
 
 def _is_head(head: object) -> bool:
-    return isinstance(head, tuple) and len(head) == 2 and isinstance(head[0], str) and isinstance(head[1], int)
+    if not isinstance(head, (tuple, list)) or len(head) != 2:
+        return False
+    layer, number = head
+    return (isinstance(layer, str) or _is_number(layer)) and _is_number(number)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks._checks import one_of
+from attn_callbacks._plain import plain
+from attn_callbacks.analysis._ablated_runs import AblatedRuns
 from attn_callbacks.analysis._budget import Budget, Progress
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
-from attn_callbacks.analysis._table import Head, HeadTable
+from attn_callbacks.analysis._table import Head, HeadLike, HeadTable
 
 __all__ = ["HeadAblation", "ablate_heads"]
 
@@ -32,7 +34,8 @@ class HeadAblation:
         set_error: Of ``set_change``.
         loss: Mean loss with all heads.
         value: What took the place of a head's output.
-        reused_prefix: Runs began at the layer that changes. ``False`` if that gave other losses.
+        reused_prefix: Runs began at the layer that changes. ``False`` if that gave other losses in some batch, or if
+            there were too few runs to make sure.
         is_complete: Everything was measured before the time was up.
     """
 
@@ -49,17 +52,15 @@ class HeadAblation:
     is_complete: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        sets = [[list(head) for head in heads] for heads in self.sets]
-        return {**plain, "layer_names": list(self.layer_names), "sets": sets}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def ablate_heads(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-    heads: Sequence[Head | Sequence[Head]] | None = None,
+    heads: Sequence[HeadLike | Sequence[HeadLike]] | None = None,
     value: Literal["zero", "mean"] = "zero",
     layers: Sequence[str] | None = None,
     *,
@@ -74,7 +75,8 @@ def ablate_heads(
 
     Costs a forward a head and batch. What modules returned before the first changed layer is used again, which halves
     it where every head of a deep stack is taken in turn, and takes the memory of a forward's residual stream and
-    projections. Whether that gives the same losses is checked on the first batch; if not, each run is a whole one.
+    projections. Whether that gives the same losses is checked in each batch, with a run for each layer; if not, runs of
+    that batch are whole ones.
     A loss need not have a gradient: errors of a classifier will do.
 
     Args:
@@ -82,7 +84,8 @@ def ablate_heads(
         batches: Whatever ``loss`` understands. Read once and kept: pass as many as shall be used.
         loss: Runs the model on a batch: ``loss(model, batch)`` returns one loss a sample, ``(samples,)``; NaN for one
             that does not count.
-        heads: Heads ``(layer, head)``, and lists of heads that are off together; ``None`` takes each one alone.
+        heads: Heads ``(layer, head)``, and lists of heads that are off together; ``None`` takes each one alone. A layer
+            is given by its name or its number, among those that run in the first batch.
         value: ``"zero"``, or ``"mean"``: the mean of the head's output over all valid tokens of all ``batches``, for
             each channel, which costs one more forward a batch. Zeros are nothing that a network has seen in training;
             the mean takes away what the head says about this input only.
@@ -91,9 +94,10 @@ def ablate_heads(
         progress: Called with the share that is done, from 0 to 1; ``True`` draws a bar on standard error.
 
     Raises:
-        RuntimeError: If the losses with all heads off are those without: then nothing is known about single heads.
-        ValueError: If ``loss`` returns something else, there is no batch, ``heads`` or ``layers`` name what is not
-            there, or a model that mixes its values by an einsum of its own is asked for a mean.
+        RuntimeError: If the losses with all heads off are those without, or two runs of the unchanged model differ as
+            much: then nothing is known about single heads.
+        ValueError: If ``loss`` returns something else or nothing but NaN, there is no batch, ``heads`` or ``layers``
+            name what is not there, or a model that mixes its values by an einsum of its own is asked for a mean.
 
     Example:
         >>> model = nn.MultiheadAttention(4, num_heads=2, batch_first=True)
@@ -110,10 +114,11 @@ def ablate_heads(
     one_of("value", value, ("zero", "mean"))
     experiment, budget = HeadExperiment(model, batches, loss, layers), Budget(seconds, progress)
     with experiment.open():
-        table = experiment.table
-        sets = _sets(table, heads)
-        work = _Work(experiment, budget, sets)
-        work.run(mean=value == "mean")
+        if heads is None:
+            experiment.find_all(budget)
+        work = _Work(experiment, budget, _sets(experiment.table, heads))
+        for index, change in work.runs.changes(mean=value == "mean"):
+            work.changes.add(change, index)
         return work.result(heads is None, value)
 
 
@@ -121,32 +126,13 @@ class _Work:
     """All runs of one ablation."""
 
     def __init__(self, experiment: HeadExperiment, budget: Budget, sets: list[tuple[int, ...]]) -> None:
-        self._experiment, self._budget, self._sets = experiment, budget, sets
-        self._changes, self._losses = SampleMoments(len(sets)), SampleMoments()
-        self._reuses = True
-
-    def run(self, *, mean: bool) -> None:
-        """Measure until everything is measured or the time is up."""
-        batches = self._experiment.batches
-        self._budget.plan(len(batches) * (len(self._sets) + mean))
-        means = self._experiment.means(self._budget.step) if mean else None
-        for number, batch in enumerate(batches):
-            recorded = self._experiment.record(batch)
-            if number == 0:
-                self._experiment.check(recorded.losses)
-                self._reuses = self._experiment.can_reuse(batch, recorded, map(min, self._sets))
-            self._losses.add(recorded.losses)
-            for index, off in enumerate(self._sets):
-                if self._budget.is_spent:
-                    return
-                losses = self._experiment.losses(batch, off, means, recorded if self._reuses else None)
-                self._changes.add(losses - recorded.losses, index)
-                self._budget.step()
+        self._table, self._budget, self._sets = experiment.table, budget, sets
+        self.runs, self.changes = AblatedRuns(experiment, budget, sets), SampleMoments(len(sets))
 
     def result(self, is_plain: bool, value: str) -> HeadAblation:
         """Conclude; ``is_plain`` means that each head was off alone."""
-        table, size = self._experiment.table, len(self._experiment.table)
-        mean, error, count = self._changes.mean(), self._changes.standard_error(), self._changes.samples
+        table, size = self._table, len(self._table)
+        mean, error, count = self.changes.mean(), self.changes.standard_error(), self.changes.samples
         alone = [index for index, off in enumerate(self._sets) if is_plain or len(off) == 1]
         places = torch.tensor([self._sets[index][0] for index in alone], dtype=torch.long)
         nothing = torch.full((size,), torch.nan, dtype=torch.float64)
@@ -159,14 +145,14 @@ class _Work:
             sets=tuple(tuple(table.heads[number] for number in self._sets[index]) for index in together),
             set_change=mean[together],
             set_error=error[together],
-            loss=float(self._losses.mean()),
+            loss=float(self.runs.losses.mean()),
             value=value,
-            reused_prefix=self._reuses,
+            reused_prefix=self.runs.reused,
             is_complete=self._budget.was_enough,
         )
 
 
-def _sets(table: HeadTable, heads: Sequence[Head | Sequence[Head]] | None) -> list[tuple[int, ...]]:
+def _sets(table: HeadTable, heads: Sequence[HeadLike | Sequence[HeadLike]] | None) -> list[tuple[int, ...]]:
     if heads is None:
         return [(number,) for number in range(len(table))]
     if not heads:
@@ -175,8 +161,8 @@ def _sets(table: HeadTable, heads: Sequence[Head | Sequence[Head]] | None) -> li
 
 
 def _numbers(table: HeadTable, heads: Any) -> tuple[int, ...]:
-    if isinstance(heads, tuple) and len(heads) == 2 and isinstance(heads[0], str):
-        return (table.number((heads[0], heads[1])),)
-    if not heads:
+    parts = list(heads) if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads]
+    if not parts:
         raise ValueError("`heads` has an empty set. Leave it out: with nothing off nothing changes.")
-    return tuple(sorted({table.number(head) for head in heads}))
+    is_set = all(isinstance(part, (tuple, list)) for part in parts)
+    return tuple(sorted({table.number(head) for head in (parts if is_set else [heads])}))

@@ -60,8 +60,8 @@ def cluster_heads(
 
     Raises:
         ImportError: If scipy is not installed.
-        ValueError: If distances are not square, not symmetric or negative, some pair is NaN although both heads are
-            known, fewer than two heads are known, or another argument does not fit.
+        ValueError: If distances are not square, not symmetric, negative or infinite, some pair is NaN although both
+            heads are known, fewer than two heads are known, or another argument does not fit.
 
     Example:
         >>> places = torch.tensor([0.0, 0.1, 0.9, 1.0])  # four heads on a line
@@ -118,6 +118,8 @@ def _squares(distances: Tensor) -> Reals:
     values = distances.detach().double().cpu().numpy()
     if (values < 0).any() or not np.allclose(values, np.swapaxes(values, -1, -2), atol=1e-6, equal_nan=True):
         raise ValueError("`distances` must be symmetric and at least 0. Give the output of `head_distance`.")
+    if np.isinf(values).any():
+        raise ValueError("`distances` must be finite, or NaN for heads that cannot be compared, got infinity.")
     return np.asarray((values if values.ndim == 3 else values[None]) ** 2)
 
 

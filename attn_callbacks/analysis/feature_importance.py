@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, one_of
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis._attention_scores import attention_scores
+from attn_callbacks.analysis._batches import outside_inference
 from attn_callbacks.analysis._erasure import Eraser, Logits
+from attn_callbacks.analysis._features import check_masking, checked_shares, checked_target, maskable
 from attn_callbacks.analysis._quiet import undisturbed
 from attn_callbacks.capture.selection import checked_layers, checked_model
 from attn_callbacks.functional.feature_importance import top_features
@@ -50,17 +53,14 @@ class FeatureImportance:
     layer_names: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        plain: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, dict):
-                plain[name] = {method: part.tolist() for method, part in value.items()}
-            else:
-                plain[name] = value.tolist() if isinstance(value, Tensor) else value
-        return {**plain, "shares": list(self.shares), "layer_names": list(self.layer_names)}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
     def summary(self) -> str:
-        """Return comprehensiveness and sufficiency of every method as a table, with standard errors over samples."""
+        """Return comprehensiveness and sufficiency of every method as a table, with standard errors over samples.
+
+        A sample whose value is not known is left out, and those that count are counted.
+        """
         lines = ["| ranked by | comprehensiveness | sufficiency |", "|---|---:|---:|"]
         for name in self.comprehensiveness:
             cells = (_mean_and_error(part[name].mean(dim=1)) for part in (self.comprehensiveness, self.sufficiency))
@@ -145,7 +145,8 @@ def feature_importance(
         - features: ``(samples, tokens)``, or ``(samples, rows * columns)``
 
     Raises:
-        ValueError: If a shape or a word does not fit, or no self-attention over the features was seen.
+        ValueError: If a shape, a share, a class or a word does not fit, there is no sample, no self-attention over the
+            features was seen, or the model has no number for a sample, such as one without any token.
         RuntimeError: If masking every feature changes nothing.
 
     Example:
@@ -167,46 +168,27 @@ def feature_importance(
     """
     checked_model(model)
     one_of("measure", measure, ("probability", "loss"))
+    with torch.inference_mode(False):  # tensors that were made in it bear no gradient
+        inputs, valid = outside_inference(inputs), outside_inference(valid)
     eraser = Eraser(model, logits, inputs, valid, replacement, grid, at_least("batch_size", batch_size, 1))
-    places = _places(eraser, features)
+    places, tested_shares = maskable(eraser, features), checked_shares(shares)
     with undisturbed(model):
-        full = eraser.run(inputs, eraser.valid).detach()
-        chosen = full.argmax(dim=1) if target is None else target.to(full.device).long()
-        if tuple(chosen.shape) != (len(inputs),):
-            raise ValueError(f"`target` must have shape (samples,) = {(len(inputs),)}, got {tuple(chosen.shape)}.")
-        before = full.double().log_softmax(dim=1).gather(1, chosen[:, None])[:, 0].cpu()
-        chosen = chosen.cpu()
-        _check(eraser, places, chosen, before)
+        full = torch.cat([eraser.run(*part).detach() for part in eraser.parts()]).cpu()
+        chosen = checked_target(full, target)
+        before = full.double().log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
+        check_masking(eraser, places, chosen, before, max(tested_shares))
         names, scores = attention_scores(eraser, chosen, query, checked_layers(layers))
         scores["masking"] = _masked_one_by_one(eraser, places, chosen, before, measure)
         scores = {name: values.float().cpu().where(places, torch.nan) for name, values in scores.items()}
         control = torch.rand(places.shape, generator=torch.Generator().manual_seed(seed))
         ranked = {**scores, _CONTROL: control}
-        tested = {name: _tested(eraser, places, values, chosen, before, shares) for name, values in ranked.items()}
+        tested = {
+            name: _tested(eraser, places, values, chosen, before, tested_shares) for name, values in ranked.items()
+        }
     return FeatureImportance(
-        scores, chosen, before.exp(), measure, tuple(shares),
+        scores, chosen, before.exp(), measure, tested_shares,
         {name: pair[0] for name, pair in tested.items()}, {name: pair[1] for name, pair in tested.items()}, names,
     )  # fmt: skip
-
-
-def _places(eraser: Eraser, features: Tensor | None) -> Tensor:
-    """Return what may be masked, ``(samples, features)``, on the CPU."""
-    shape = (len(eraser.inputs), eraser.features)
-    places = torch.ones(shape, dtype=torch.bool) if eraser.valid is None else eraser.valid.cpu()
-    if features is None:
-        return places
-    if tuple(features.shape) != shape:
-        raise ValueError(f"`features` must have shape (samples, features) = {shape}, got {tuple(features.shape)}.")
-    return places & features.cpu().bool()
-
-
-def _check(eraser: Eraser, places: Tensor, target: Tensor, before: Tensor) -> None:
-    after = eraser.log_probabilities(torch.arange(len(places)), places, target)
-    if not len(after) or torch.allclose(after, before, rtol=0, atol=1e-12):
-        raise RuntimeError(
-            "Masking every feature leaves all probabilities as they are, so nothing can be said about single ones. Let "
-            "`logits` run the model on the inputs it is given, and with `replacement=None` heed `valid`."
-        )
 
 
 def _masked_one_by_one(eraser: Eraser, places: Tensor, target: Tensor, before: Tensor, measure: str) -> Tensor:
@@ -233,6 +215,8 @@ def _tested(
 
 
 def _mean_and_error(values: Tensor) -> str:
-    if len(values) < 2:
-        return f"{float(values.mean()):+.3f}"
-    return f"{float(values.mean()):+.3f} ± {float(values.std() / len(values) ** 0.5):.3f}"
+    known = values[~values.isnan()]
+    count = "" if len(known) == len(values) else f" ({len(known)} of {len(values)})"
+    if len(known) < 2:
+        return f"{float(known.mean()):+.3f}{count}"
+    return f"{float(known.mean()):+.3f} ± {float(known.std() / len(known) ** 0.5):.3f}{count}"

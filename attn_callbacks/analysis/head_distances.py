@@ -55,7 +55,13 @@ def _one_sample(calls: Sequence[AttentionCall]) -> Tensor:
     if len({(each.shape[0], *each.shape[2:]) for each in weights}) > 1:
         return head_distance(weights)  # says which ones differ
     queries, keys = (torch.stack(each).all(dim=0) for each in zip(*map(_tokens, calls), strict=True))
-    return head_distance(weights, allowed=[call.allowed() for call in calls], valid=queries, key_valid=keys)
+    return head_distance(weights, allowed=[_allowed(call) for call in calls], valid=queries, key_valid=keys)
+
+
+def _allowed(call: AttentionCall) -> Tensor:
+    allowed = call.allowed()
+    # recorded weights show what is allowed by what is not 0, and a weight may be too small for its type
+    return allowed if call.recorded is None else allowed.any(dim=1, keepdim=True)
 
 
 def _tokens(call: AttentionCall) -> tuple[Tensor, Tensor]:

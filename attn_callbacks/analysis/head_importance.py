@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis._budget import Budget, Progress
 from attn_callbacks.analysis._confidence import Confidence
+from attn_callbacks.analysis._doubts import ALL_NAN, check_reached
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
 from attn_callbacks.analysis._table import HeadTable
@@ -51,9 +54,8 @@ class GateImportance:
         return -self.signed
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return {**plain, "layer_names": list(self.layer_names), "change": self.change.tolist()}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        return {name: plain(value) for name, value in {**vars(self), "change": self.change}.items()}
 
 
 def head_importance(
@@ -91,11 +93,10 @@ def head_importance(
 
     Raises:
         RuntimeError: If no gradient reaches any head.
-        ValueError: If ``loss`` returns something else or values without a graph, if there is no batch, or if an entry
-            of ``layers`` matches nothing.
+        ValueError: If ``loss`` returns something else, nothing but NaN or values without a graph, if there is no batch,
+            or if an entry of ``layers`` matches nothing.
 
     Example:
-        >>> import torch
         >>> model = nn.MultiheadAttention(4, num_heads=2, batch_first=True)
         >>> def loss(model, tokens):
         ...     return model(tokens, tokens, tokens)[0].square().mean(dim=(1, 2))
@@ -115,8 +116,8 @@ def head_importance(
             if budget.is_spent and not budget.is_untouched:
                 break
             sure = Confidence()
-            losses, gradients = experiment.gates(batch, look=sure)
-            sums.add(losses, gradients, sure.read(experiment.table.sizes, len(losses)))
+            losses, gradients = experiment.gates(batch, look=sure, find=True)
+            sums.add(losses, experiment.table, gradients, sure)
             budget.step()
         return sums.result(experiment.table, is_complete=budget.was_enough)
 
@@ -126,35 +127,39 @@ class _Sums:
 
     def __init__(self) -> None:
         self._losses = SampleMoments()
-        self._heads: tuple[SampleMoments, ...] = ()
+        self._heads: dict[str, tuple[SampleMoments, ...]] = {}  # by layer: later batches may show others
 
-    def add(self, losses: Tensor, gradients: Tensor, confidence: Tensor) -> None:
-        """Add losses ``(samples,)``, gate gradients and confidence ``(all heads, samples)``."""
+    def add(self, losses: Tensor, table: HeadTable, gradients: Tensor, sure: Confidence) -> None:
+        """Add losses ``(samples,)``, gate gradients ``(all heads, samples)`` and confidence."""
         self._losses.add(losses)
-        self._heads = self._heads or tuple(SampleMoments(len(gradients)) for _ in range(3))
-        for moments, values in zip(self._heads, (gradients.abs(), gradients, confidence), strict=True):
-            moments.add(values)
+        sizes = list(table.sizes.values())
+        parts = (gradients.abs(), gradients, sure.read(table.sizes, len(losses)))
+        for name, *layer in zip(table.names, *(values.split(sizes) for values in parts), strict=True):
+            own = self._heads.setdefault(name, tuple(SampleMoments(table.sizes[name]) for _ in parts))
+            for moments, values in zip(own, layer, strict=True):
+                moments.add(values)
 
     def result(self, table: HeadTable, *, is_complete: bool) -> GateImportance:
         """Conclude."""
-        sizes, signed, confidence = self._heads
-        if not bool(sizes.mean().nan_to_num().any()):
-            raise RuntimeError(_NOTHING)
+        if not int(self._losses.samples):
+            raise ValueError(ALL_NAN)
+        (sizes, size_error), (signed, signed_error), (sure, sure_error) = (self._of(table, n) for n in range(3))
+        check_reached(sizes)
         return GateImportance(
             layer_names=table.names,
-            importance=table.spread(sizes.mean()),
-            standard_error=table.spread(sizes.standard_error()),
-            signed=table.spread(signed.mean()),
-            signed_error=table.spread(signed.standard_error()),
-            confidence=table.spread(confidence.mean()),
-            confidence_error=table.spread(confidence.standard_error()),
+            importance=sizes,
+            standard_error=size_error,
+            signed=signed,
+            signed_error=signed_error,
+            confidence=sure,
+            confidence_error=sure_error,
             loss=float(self._losses.mean()),
             samples=int(self._losses.samples),
             is_complete=is_complete,
         )
 
-
-_NOTHING = (
-    "No gradient of the loss reaches a head, so nothing can be said about any. Let `loss` run `model` on the batch, "
-    "and check that what it returns depends on the attention that `layers` selects."
-)
+    def _of(self, table: HeadTable, number: int) -> tuple[Tensor, Tensor]:
+        """Return mean and standard error of one quantity, ``(layers, heads)``."""
+        own = [self._heads[name][number] for name in table.names]
+        means, errors = [each.mean() for each in own], [each.standard_error() for each in own]
+        return table.spread(torch.cat(means)), table.spread(torch.cat(errors))

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, one_of
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis._budget import Budget, Progress
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._pair_runs import estimated_pairs, exact_pairs
-from attn_callbacks.analysis._table import Head, HeadTable
+from attn_callbacks.analysis._table import Head, HeadLike, HeadTable
 
 __all__ = ["HeadInteractions", "HeadPair", "head_interactions"]
 
@@ -74,9 +75,8 @@ class HeadInteractions:
         return self._strongest(count, -1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return {**plain, "heads": [list(head) for head in self.heads], "layer_names": list(self.layer_names)}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
     def _strongest(self, count: int, sign: int) -> tuple[HeadPair, ...]:
         values = sign * self.interaction.triu(diagonal=1).nan_to_num()
@@ -97,7 +97,7 @@ def head_interactions(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-    pairs: Sequence[tuple[Head, Head]] | None = None,
+    pairs: Sequence[tuple[HeadLike, HeadLike]] | None = None,
     value: Literal["zero", "mean"] = "zero",
     layers: Sequence[str] | None = None,
     *,
@@ -124,16 +124,18 @@ def head_interactions(
         batches: Whatever ``loss`` understands. Read once and kept: pass as many as shall be used.
         loss: Runs the model on a batch: ``loss(model, batch)`` returns one loss a sample, ``(samples,)``; NaN for one
             that does not count. For ``pairs=None`` with a graph.
-        pairs: Pairs of heads, each ``(layer, head)``; ``None`` estimates all.
+        pairs: Pairs of heads, each ``(layer, head)``, where a layer is given by its name or its number; ``None``
+            estimates all. A pair that comes twice, in whatever order, is measured once.
         value: For ``pairs``, what takes the place of a head's output, as in :func:`ablate_heads`.
         layers: Names or glob patterns of attention modules; ``None`` takes all.
         seconds: Time after which nothing more is begun; what was not measured is NaN. ``None``: all is measured.
         progress: Called with the share that is done, from 0 to 1; ``True`` draws a bar on standard error.
 
     Raises:
-        RuntimeError: If the losses with all heads off are those without, or no gradient reaches a head.
-        ValueError: If ``loss`` returns something else, there is no batch, ``pairs`` or ``layers`` name what is not
-            there, or ``value="mean"`` comes without ``pairs``.
+        RuntimeError: If the losses with all heads off are those without, two runs of the unchanged model differ as
+            much, or no gradient reaches a head.
+        ValueError: If ``loss`` returns something else or nothing but NaN, there is no batch, ``pairs`` is empty,
+            ``pairs`` or ``layers`` name what is not there, or ``value="mean"`` comes without ``pairs``.
 
     Example:
         >>> import torch
@@ -153,11 +155,12 @@ def head_interactions(
         raise ValueError("`value='mean'` needs `pairs`: gates, by which all pairs are estimated, lead to zero.")
     experiment, budget = HeadExperiment(model, batches, loss, layers), Budget(seconds, progress)
     with experiment.open():
-        table = experiment.table
         if pairs is None:
+            experiment.find_all(budget)
             sums = estimated_pairs(experiment, budget)
         else:
-            sums = exact_pairs(experiment, budget, [_numbers(table, pair) for pair in pairs], mean=value == "mean")
+            sums = exact_pairs(experiment, budget, _numbers(experiment.table, pairs), mean=value == "mean")
+        table = experiment.table
         return HeadInteractions(
             heads=table.heads,
             layer_names=table.names,
@@ -173,8 +176,13 @@ def head_interactions(
         )
 
 
-def _numbers(table: HeadTable, pair: tuple[Head, Head]) -> tuple[int, int]:
-    first, second = sorted(table.number(head) for head in pair)
-    if first == second:
-        raise ValueError(f"`pairs` must hold pairs of two heads, got {pair!r}.")
-    return first, second
+def _numbers(table: HeadTable, pairs: Sequence[tuple[HeadLike, HeadLike]]) -> list[tuple[int, int]]:
+    if not pairs:
+        raise ValueError("`pairs` holds no pair. Pass None for all.")
+    found: dict[tuple[int, int], None] = {}
+    for pair in pairs:
+        numbers = sorted({table.number(head) for head in pair})
+        if len(pair) != 2 or len(numbers) != 2:
+            raise ValueError(f"`pairs` must hold pairs of two heads, got {pair!r}.")
+        found[numbers[0], numbers[1]] = None
+    return list(found)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from attn_callbacks._checks import at_least, one_of
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis._quiet import undisturbed
 from attn_callbacks.capture import AttentionCall, AttentionRecorder
 from attn_callbacks.capture.naming import call_name
@@ -74,7 +75,7 @@ class PatternProbeResult:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and strings; NaN becomes ``None``."""
         fields = ("score", "standard_error", "chance", "strength")
-        tensors = {name: _plain(getattr(self, name).tolist()) for name in fields}
+        tensors = {name: plain(getattr(self, name)) for name in fields}
         return {**tensors, "layer_names": list(self.layer_names), "patterns": list(PROBED), "samples": self.samples}
 
 
@@ -189,9 +190,3 @@ def _result(found: dict[str, list[PatternScores]], samples: int) -> PatternProbe
     )  # (layers, heads, samples, patterns)
     error = score.std(dim=2) / samples**0.5 if samples > 1 else torch.full_like(score[:, :, 0], torch.nan)
     return PatternProbeResult(score.mean(dim=2), error, chance.mean(dim=2), tuple(found), samples)
-
-
-def _plain(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_plain(value) for value in values]
-    return None if values != values else values

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, check_number
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis._budget import Budget, Progress
+from attn_callbacks.analysis._doubts import check_heads, check_reached
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
 from attn_callbacks.analysis._table import Head
@@ -42,7 +44,7 @@ class PruningCurve:
         removed: Number of heads that are off at each point of the curve, beginning with 0.
         change: How much the mean loss rises at each point, ``(points,)``.
         standard_error: Of ``change``, over samples; each is compared with itself.
-        loss: Mean loss with all heads.
+        loss: Mean loss with all heads; NaN if the time was up before it was known.
         is_complete: The curve was followed to its end before the time was up.
     """
 
@@ -71,10 +73,8 @@ class PruningCurve:
         return RemovableHeads(self.heads[: self.removed[point]], float(self.change[point]), float(errors[point]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        lists = {"layer_names": list(self.layer_names), "removed": list(self.removed)}
-        return {**plain, **lists, "heads": [list(head) for head in self.heads]}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def pruning_curve(
@@ -92,6 +92,7 @@ def pruning_curve(
 
     What heads do alone does not add up: of two that stand in for one another either can go, not both. So importance is
     measured again after each step, by the gate gradients of what is left, in the same forward that measures the loss.
+    Heads that no gradient reaches stay.
 
     Costs a forward and a backward a step and batch; with ``scores`` a forward. With 144 heads, ``heads_per_step=14``
     takes 10 % at a time.
@@ -109,9 +110,10 @@ def pruning_curve(
         progress: Called with the share that is done, from 0 to 1; ``True`` draws a bar on standard error.
 
     Raises:
-        RuntimeError: If the losses with all heads off are those without.
-        ValueError: If a number is below 1, ``scores`` has another shape, ``loss`` returns something else, or there is
-            no batch.
+        RuntimeError: If the losses with all heads off are those without, two runs of the unchanged model differ as
+            much, or, without ``scores``, no gradient reaches a head.
+        ValueError: If a number is below 1, ``scores`` has another shape, ``loss`` returns something else or nothing but
+            NaN, or there is no batch.
 
     Example:
         >>> model = nn.MultiheadAttention(4, num_heads=2, batch_first=True)
@@ -128,7 +130,8 @@ def pruning_curve(
     at_least("heads_per_step", heads_per_step, 1)
     experiment, budget = HeadExperiment(model, batches, loss, layers), Budget(seconds, progress)
     with experiment.open():
-        experiment.check()
+        experiment.find_all(budget)
+        check_heads(experiment, budget)
         known = None if scores is None else experiment.table.gather(scores.detach().double().cpu())
         return _Curve(experiment, budget, known, heads_per_step).followed()
 
@@ -146,12 +149,12 @@ class _Curve:
     def followed(self) -> PruningCurve:
         """Follow it until no head is left or the time is up."""
         left = len(self._experiment.table) if self._scores is None else int((~self._scores.isnan()).sum())
-        self._budget.plan((-(-left // self._per_step) + 1) * len(self._experiment.batches))
+        self._budget.plan(self._runs(left) + len(self._experiment.batches))
         while True:
-            scores = self._measured()
-            if scores is None:
+            importance = self._measured()
+            if importance is None:
                 break
-            next_ones = self._lowest(scores if self._scores is None else self._scores.clone())
+            next_ones = self._lowest(importance if self._scores is None else self._scores.clone())
             if not next_ones:
                 self._is_complete = True
                 break
@@ -164,21 +167,27 @@ class _Curve:
             removed=numbers,
             change=torch.tensor(changes, dtype=torch.float64),
             standard_error=torch.tensor(errors, dtype=torch.float64),
-            loss=float(torch.cat(self._base).nanmean()) if self._base else torch.nan,
+            loss=float(torch.cat(self._base).nanmean()) if self._points else torch.nan,
             is_complete=self._is_complete,
         )
 
     def _lowest(self, scores: Tensor) -> list[int]:
         """Return those that are taken next; none if no head with a score is left."""
         scores[self._taken] = torch.nan
+        left = int((~scores.isnan()).sum())
+        self._budget.expect(self._runs(left))
         order: list[int] = scores.nan_to_num(torch.inf).argsort(stable=True).tolist()
-        return order[: min(self._per_step, int((~scores.isnan()).sum()))]
+        return order[: min(self._per_step, left)]
+
+    def _runs(self, heads: int) -> int:
+        """Return how many runs it takes to take so many heads."""
+        return -(-heads // self._per_step) * len(self._experiment.batches)
 
     def _measured(self) -> Tensor | None:
         """Measure one point, and the importance of what is left ``(all heads,)``; ``None`` if the time was up."""
         change, importance, is_first = SampleMoments(), SampleMoments(len(self._experiment.table)), not self._points
         for number, batch in enumerate(self._experiment.batches):
-            if self._budget.is_spent and not is_first:
+            if self._budget.is_spent and not (is_first and number == 0):
                 return None
             if self._scores is None:
                 losses, gradients = self._experiment.gates(batch, self._taken)
@@ -189,5 +198,7 @@ class _Curve:
                 self._base.append(losses)
             change.add(losses - self._base[number])
             self._budget.step()
+        if is_first and self._scores is None:
+            check_reached(importance.mean())
         self._points.append((len(self._taken), float(change.mean()), float(change.standard_error())))
         return importance.mean()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, in_range
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis._budget import Budget, Progress
+from attn_callbacks.analysis._doubts import check_heads
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
-from attn_callbacks.analysis._table import Head
+from attn_callbacks.analysis._table import HeadLike
 
 __all__ = ["HeadShapley", "head_shapley"]
 
@@ -27,8 +29,8 @@ class HeadShapley:
         value: Mean over permutations of what a head takes off the mean loss when it is added.
         standard_error: Of ``value``, over permutations; of two or more.
         gap: :math:`v(all) - v(none)` less the sum of all values: 0 up to rounding without truncation.
-        all_on: Mean loss with all heads.
-        all_off: Mean loss without those that play.
+        all_on: Mean loss with all heads; NaN if the time was up before it was known.
+        all_off: Mean loss without those that play; likewise.
         permutations: Number of permutations that were completed.
         truncated: Share of additions that were taken as 0 without a run.
         is_complete: All permutations were completed before the time was up.
@@ -45,16 +47,15 @@ class HeadShapley:
     is_complete: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
-        return {**plain, "layer_names": list(self.layer_names)}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        return {name: plain(value) for name, value in vars(self).items()}
 
 
 def head_shapley(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[HeadLike] | None = None,
     permutations: int = 32,
     truncation: float = 0.01,
     seed: int = 0,
@@ -78,7 +79,8 @@ def head_shapley(
         batches: Whatever ``loss`` understands. Read once and kept: every run takes all of them.
         loss: Runs the model on a batch: ``loss(model, batch)`` returns one loss a sample, ``(samples,)``; NaN for one
             that does not count.
-        heads: Heads ``(layer, head)`` that play; all others stay on. ``None`` takes all.
+        heads: Heads ``(layer, head)`` that play, where a layer is given by its name or its number; all others stay on.
+            ``None`` takes all.
         permutations: Number of random orders.
         truncation: Share of ``v(all) - v(none)`` that may be left to gain; 0 runs every permutation to its end.
         seed: Of a generator of its own.
@@ -88,9 +90,10 @@ def head_shapley(
         progress: Called with the share that is done, from 0 to 1; ``True`` draws a bar on standard error.
 
     Raises:
-        RuntimeError: If the losses with all heads off are those without.
-        ValueError: If a number is out of range, ``loss`` returns something else, there is no batch, or ``heads`` or
-            ``layers`` name what is not there.
+        RuntimeError: If the losses with all heads off are those without, or two runs of the unchanged model differ as
+            much.
+        ValueError: If a number is out of range, ``loss`` returns something else or nothing but NaN, there is no batch,
+            or ``heads`` or ``layers`` name what is not there.
 
     Example:
         >>> model = nn.MultiheadAttention(4, num_heads=2, batch_first=True)
@@ -108,11 +111,12 @@ def head_shapley(
     in_range("truncation", truncation, 0.0, 1.0)
     experiment, budget = HeadExperiment(model, batches, loss, layers), Budget(seconds, progress)
     with experiment.open():
-        experiment.check()
+        if heads is None:
+            experiment.find_all(budget)
         players = experiment.table.chosen(heads)
         if not players or len(set(players)) < len(players):
             raise ValueError(f"`heads` must hold some heads, each once, got {heads!r}.")
-        budget.plan(permutations * len(players))
+        check_heads(experiment, budget)
         game = _Game(experiment, budget, players, truncation)
         game.play(permutations, torch.Generator().manual_seed(seed))
         return game.result()
@@ -122,14 +126,18 @@ class _Game:
     """Permutations of heads that are added one after the other."""
 
     def __init__(self, experiment: HeadExperiment, budget: Budget, players: list[int], truncation: float) -> None:
-        self._experiment, self._budget, self._players = experiment, budget, players
-        self._all_on, self._all_off = self._loss(frozenset()), self._loss(frozenset(players))
-        self._tolerance = truncation * abs(self._all_off - self._all_on)
+        self._experiment, self._budget, self._players, self._truncation = experiment, budget, players, truncation
+        self._all_on = self._all_off = torch.nan
         self._gains = SampleMoments(len(experiment.table))  # over permutations, not samples
         self._done = self._cut = 0
 
     def play(self, permutations: int, generator: torch.Generator) -> None:
         """Play until all permutations are done or the time is up."""
+        self._budget.plan((permutations * len(self._players) + 2) * len(self._experiment.batches))
+        ends = self._loss(frozenset()), self._loss(frozenset(self._players))
+        self._all_on, self._all_off = (torch.nan if end is None else end for end in ends)
+        if None in ends:
+            return
         for _ in range(permutations):
             drawn = torch.randperm(len(self._players), generator=generator).tolist()
             gains = self._added([self._players[place] for place in drawn])
@@ -157,21 +165,32 @@ class _Game:
         """Return what each head of one order takes off the loss, ``(all heads,)``; ``None`` if the time was up."""
         gains = torch.full((len(self._experiment.table),), torch.nan, dtype=torch.float64)
         off, before, cut = set(self._players), self._all_off, 0
+        tolerance = self._truncation * abs(self._all_off - self._all_on)
         for place, head in enumerate(order):
-            if place and abs(before - self._all_on) < self._tolerance:
+            if place and abs(before - self._all_on) < tolerance:
                 cut = len(order) - place
                 gains[order[place:]] = 0.0
                 break
-            if self._budget.is_spent:
-                return None
             off.remove(head)
-            after = self._loss(frozenset(off)) if off else self._all_on
+            after = self._loss(frozenset(off)) if off else self._known(self._all_on)
+            if after is None:
+                return None
             gains[head], before = before - after, after
-            self._budget.step()
-        self._budget.step(cut)
+        self._budget.step(cut * len(self._experiment.batches))
         self._cut += cut
         return gains
 
-    def _loss(self, off: frozenset[int]) -> float:
-        """Return the mean loss over all samples with some heads off."""
-        return float(torch.cat([self._experiment.losses(batch, off) for batch in self._experiment.batches]).nanmean())
+    def _loss(self, off: frozenset[int]) -> float | None:
+        """Return the mean loss over all samples with some heads off; ``None`` if the time was up."""
+        losses = []
+        for batch in self._experiment.batches:
+            if self._budget.is_spent:
+                return None
+            losses.append(self._experiment.losses(batch, off))
+            self._budget.step()
+        return float(torch.cat(losses).nanmean())
+
+    def _known(self, loss: float) -> float:
+        """Return a loss that needs no run."""
+        self._budget.step(len(self._experiment.batches))
+        return loss

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.bias._held import check_axes_of, hold
 from attn_callbacks.bias.bootstrap import bootstrap_interval
 from attn_callbacks.bias.rates import rate
@@ -114,7 +115,7 @@ class Calibration:
         return mean_loss(self.bins, self.loss, "cell")[0]
 
     def to_dict(self) -> dict[str, object]:
-        """Return all figures by name."""
+        """Return all figures as plain numbers and lists; NaN is ``None``."""
         names = ("support", "ece", "ece_interval", "class_ece", "group_ece", "mean_loss", "cell_loss")
         losses = ("class_loss", "class_loss_error", "group_loss", "group_loss_error")
-        return {name: getattr(self, name) for name in (*names, *losses, "bins")}
+        return {name: plain(getattr(self, name)) for name in (*names, *losses, "bins")}

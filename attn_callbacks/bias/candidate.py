@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from attn_callbacks._checks import one_of
+from attn_callbacks._plain import plain
 
 __all__ = ["Candidate"]
 
@@ -70,5 +71,5 @@ class Candidate:
         return self.name if self.kind == "attention" else f"presence of {self.name}"
 
     def to_dict(self) -> dict[str, object]:
-        """Return the fields by name."""
-        return asdict(self)
+        """Return the fields as plain numbers and strings; NaN is ``None``."""
+        return {name: plain(value) for name, value in asdict(self).items()}

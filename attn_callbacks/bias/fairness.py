@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.bias._held import hold
 from attn_callbacks.bias.bootstrap import Margins, margins_interval, margins_of
 
@@ -55,9 +56,9 @@ class Disparity:
         return -float(_largest(-self.class_ratio))
 
     def to_dict(self) -> dict[str, object]:
-        """Return all figures by name."""
+        """Return all figures as plain numbers and lists; NaN is ``None``."""
         names = ("difference", "ratio", "interval", "support", "class_difference", "class_ratio")
-        return {name: getattr(self, name) for name in names}
+        return {name: plain(getattr(self, name)) for name in names}
 
 
 def demographic_parity(counts: Tensor, minimum: int) -> Disparity:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.bias._held import check_axes_of, hold
 
 __all__ = ["PriorShift"]
@@ -76,10 +77,10 @@ class PriorShift:
         return _distance(self.excess)
 
     def to_dict(self) -> dict[str, object]:
-        """Return priors, shifts and distances by name."""
+        """Return priors, shifts and distances as plain numbers and lists; NaN is ``None``."""
         shifts = ("label_shift", "prediction_shift", "excess")
         distances = ("label_distance", "prediction_distance", "excess_distance")
-        return {name: getattr(self, name) for name in ("training", "label", "prediction", *shifts, *distances)}
+        return {name: plain(getattr(self, name)) for name in ("training", "label", "prediction", *shifts, *distances)}
 
 
 def _distance(shift: Tensor) -> float:

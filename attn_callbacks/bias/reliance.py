@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.bias._held import check_axes_of, hold
 from attn_callbacks.bias.intervals import paired_interval, wilson_interval
 from attn_callbacks.bias.rates import rate, rate_error
@@ -141,9 +142,9 @@ class Reliance:
         return paired_interval(self.counts)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the counts and all that follows from them, by name."""
+        """Return the counts and all that follows from them, as plain numbers, strings and lists; NaN is ``None``."""
         names = ("method", "counts", "support", "before", "after", "drop", "error", "interval", "p_value", *_CHANGED)
-        return {name: getattr(self, name) for name in (*names, *_BY_CLASS)}
+        return {name: plain(getattr(self, name)) for name in (*names, *_BY_CLASS)}
 
     @cached_property
     def _all(self) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least
+from attn_callbacks._plain import plain
 from attn_callbacks.bias._extremes import DRAWN, SCORED, Extremes
 from attn_callbacks.bias._held import hold
-from attn_callbacks.bias._plain import plain
 from attn_callbacks.bias._rates import NO_GROUPS
 from attn_callbacks.bias.calibration import Calibration
 from attn_callbacks.bias.candidate import Candidate

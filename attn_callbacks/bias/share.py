@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.bias._held import check_axes_of, hold
 from attn_callbacks.bias.rates import rate_error
 
@@ -86,6 +87,6 @@ class AttentionShare:
         bound = rate_error(self.mass, self.support)
         return bound if self.error is None else self.error.where(self.error > 0, bound)
 
-    def to_dict(self) -> dict[str, Tensor | None]:
-        """Return the tensors by name, ``None`` for those not measured."""
-        return {name: getattr(self, name) for name in (*_MEASURED, *_BY_OUTCOME)}
+    def to_dict(self) -> dict[str, object]:
+        """Return the tensors as lists; ``None`` for those not measured, and in place of NaN."""
+        return {name: plain(getattr(self, name)) for name in (*_MEASURED, *_BY_OUTCOME)}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.bias.corrections import holm
 from attn_callbacks.functional.effect_size import EffectSize, Moments, effect_size
 from attn_callbacks.metrics.moments import mean_and_error
@@ -73,10 +74,9 @@ class WrongSample:
     image: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings; maps and image stay behind."""
-        return {name: getattr(self, name) for name in ("number", "loss", "confidence", "target", "predicted")} | {
-            "labels": list(self.labels)
-        }
+        """Return plain numbers, lists and strings; NaN becomes ``None``; maps and image stay behind."""
+        names = ("number", "loss", "confidence", "target", "predicted", "labels")
+        return {name: plain(getattr(self, name)) for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,17 +151,15 @@ class ErrorAnalysisResult:
         return [(place // heads, place % heads) for place in order if real[place // heads, place % heads]][:most]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
-        names = ("layer_names", "statistics", "class_names")
-        plain: dict[str, Any] = {"epoch": self.epoch, **{name: list(getattr(self, name)) for name in names}}
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
+        names = ("epoch", "layer_names", "statistics", "class_names")
+        found = {name: plain(getattr(self, name)) for name in names}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                plain[name] = value.tolist()
+                found[name] = plain(value)
             elif isinstance(value, EffectSize):
-                plain[name] = {part: field.tolist() for part, field in value._asdict().items()}
-        for name in ("worst", "confident"):
-            plain[name] = [sample.to_dict() for sample in getattr(self, name)]
-        return plain
+                found[name] = plain(value._asdict())
+        return found | {name: [each.to_dict() for each in getattr(self, name)] for name in ("worst", "confident")}
 
     def _difference(self, layer: int, head: int, statistic: int) -> HeadDifference:
         cell = (layer, head, statistic)

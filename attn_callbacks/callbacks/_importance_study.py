@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from attn_callbacks._plain import plain
 from attn_callbacks.analysis.ablation import HeadAblation, ablate_heads
 from attn_callbacks.analysis.head_importance import GateImportance, head_importance
 from attn_callbacks.analysis.interaction import HeadInteractions, head_interactions
@@ -49,11 +50,11 @@ class HeadStudy:
         return () if found is None else found.layer_names
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
         parts = ("importance", "ablation", "pruning", "interactions")
         found = {name: getattr(self, name) for name in parts}
-        plain = {name: None if part is None else part.to_dict() for name, part in found.items()}
-        return {"epoch": self.epoch, "seconds": self.seconds, **plain}
+        own = {name: None if part is None else part.to_dict() for name, part in found.items()}
+        return {"epoch": self.epoch, "seconds": plain(self.seconds), **own}
 
 
 def study(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.callbacks._paths_maps import SampleMaps
 from attn_callbacks.functional.paths import AttentionPath, top_paths
 from attn_callbacks.functional.relevance import attention_relevance
@@ -37,13 +38,13 @@ class TracedSample:
     paths: tuple[AttentionPath, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
         return {
             "number": self.number,
             "labels": list(self.labels),
             "token": self.token,
             "target": self.target,
-            "values": self.values.tolist(),
+            "values": plain(self.values),
             "paths": [path.to_dict() for path in self.paths],
         }
 
@@ -65,7 +66,7 @@ class AttentionPathsResult:
     samples: tuple[TracedSample, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
         return {
             "method": self.method,
             "epoch": self.epoch,

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from attn_callbacks._plain import plain
 from attn_callbacks.metrics.roles import HeadRolesResult
-from attn_callbacks.render.roles import short_layer_names
+from attn_callbacks.render.layers import short_layer_names
 
 __all__ = ["RoleChange", "RoleTimeline"]
 
@@ -89,10 +90,24 @@ class RoleTimeline:
                 "step": step,
                 "layer_names": list(result.layer_names),
                 "labels": result.names(),
-                "strength": _plain(labels.strength),
-                "confidence": _plain(labels.confidence),
-                "drift": _plain(drift),
+                "strength": plain(labels.strength),
+                "confidence": plain(labels.confidence),
+                "drift": plain(drift),
             }
+        )
+
+    def unsure_changes(self) -> int:
+        """Return how many heads have another label than at the look before, without it being sure."""
+        if len(self.entries) < 2:
+            return 0
+        before, now = self.entries[-2:]
+        labels = dict(zip(before["layer_names"], before["labels"], strict=True))
+        rows = zip(now["layer_names"], now["labels"], now["confidence"], strict=True)
+        known = [(labels[name], own, confidence) for name, own, confidence in rows if name in labels]
+        return sum(
+            bool(new) and new != old and not self.sure(margin)
+            for olds, news, margins in known
+            for old, new, margin in zip(olds, news, margins, strict=False)
         )
 
     def load(self, entries: list[dict[str, Any]]) -> None:
@@ -122,7 +137,3 @@ class RoleTimeline:
                     found.append(RoleChange(entry["epoch"], entry["step"], *own))
         self.changes += found
         return found
-
-
-def _plain(values: Tensor) -> list[list[float | None]]:
-    return [[None if value != value else value for value in row] for row in values.tolist()]

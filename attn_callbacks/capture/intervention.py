@@ -23,11 +23,11 @@ __all__ = ["HeadIntervention", "gate_heads"]
 class HeadIntervention:
     """Let a function decide what each attention call of a model returns, for the length of a ``with`` block.
 
-    The function gets every call at the moment it was computed, and returns what the model goes on with in place of the
-    call's ``output``: the heads' outputs before they are merged and projected. What it computes has a graph if the
-    forward has one. No weight of the model is touched, and nothing remains installed after the block; a compiled model
-    runs eagerly inside it. ``nn.TransformerEncoder`` leaves its native path in evaluation, which has no such place:
-    its outputs agree with those of that path up to rounding.
+    The function gets every call at the moment it was computed (but those of a batch without samples), and returns what
+    the model goes on with in place of the call's ``output``: the heads' outputs before they are merged and projected.
+    What it computes has a graph if the forward has one. No weight of the model is touched, and nothing remains
+    installed after the block; a compiled model runs eagerly inside it. ``nn.TransformerEncoder`` leaves its native path
+    in evaluation, which has no such place: its outputs agree with those of that path up to rounding.
 
     What activation checkpointing computes again in the backward is not changed; torch refuses it as a recomputation
     that differs. Recorders that are entered inside the block see what was changed, those around it what was computed.
@@ -67,6 +67,7 @@ class HeadIntervention:
     ) -> None:
         self.model, self.layers, self.change = checked_model(model), checked_layers(layers), change
         self._seen: dict[str, None] = {}  # an ordered set
+        self._met: dict[str, None] = {}  # likewise, of the selected calls
         self._scope: ModuleScope | None = None
         self._exit: ExitStack | None = None
 
@@ -78,7 +79,7 @@ class HeadIntervention:
     def __enter__(self) -> HeadIntervention:
         if self._exit is not None:
             raise RuntimeError("`HeadIntervention` is already active; make a second one to nest.")
-        self._seen = {}
+        self._seen, self._met = {}, {}
         self._scope = ModuleScope(self.model, lambda order, call: None)
         sites = AttentionSites(self._scope, self._meet, listening.is_paused, changes=True)
         with ExitStack() as stack:
@@ -106,8 +107,11 @@ class HeadIntervention:
         self._seen.setdefault(named.name)
         if not is_selected(named.name, self.layers):
             return None
+        self._met.setdefault(call_name(named))
         batch, heads, queries, _ = named.shape
         output = named.output
+        if not output.numel():
+            return None  # a batch without samples: there is nothing to change
         with listening.paused():
             changed = self.change(replace(named, output=output.reshape(batch, heads, queries, -1)))
         if changed is None:
@@ -129,14 +133,18 @@ def gate_heads(model: nn.Module, gates: Mapping[str, Tensor], layers: Sequence[s
 
     Args:
         model: The model, or a module around it.
-        gates: By :func:`call_name` of each attention module; what is not named stays as it is.
+        gates: By :func:`call_name` of each attention call: the attending module itself, not a layer around it. What is
+            not named stays as it is.
         layers: As for :class:`HeadIntervention`.
 
     Shape:
         - gates: ``(heads,)``, or ``(batch, heads)`` for one of each sample
 
     Raises:
-        ValueError: In the forward, if gates have another shape; on leaving the block, if a name matched no attention.
+        AttentionNotFoundError: On leaving the block, if the model ran and no attention was seen.
+        TypeError: If ``model`` is no module, or ``layers`` a single string.
+        ValueError: In the forward, if gates have another shape; on leaving the block, if the model ran and a name is
+            that of no attention call (or of one that ``layers`` leaves out), or ``layers`` matched nothing.
 
     Example:
         >>> model = nn.MultiheadAttention(8, num_heads=2, batch_first=True)
@@ -150,14 +158,31 @@ def gate_heads(model: nn.Module, gates: Mapping[str, Tensor], layers: Sequence[s
     References:
         Michel, Levy and Neubig, "Are Sixteen Heads Really Better than One?", 2019, equation 2.
     """
-    named = dict(gates)
-    bases = tuple(dict.fromkeys(name.partition("#")[0] for name in named)) if layers is None else layers
+    return _Gating(model, gates, layers)
 
-    def change(call: AttentionCall) -> Tensor | None:
-        gate = named.get(call_name(call))
+
+class _Gating(HeadIntervention):
+    """Multiplies outputs, and checks on leaving that every gate was somebody's."""
+
+    def __init__(self, model: nn.Module, gates: Mapping[str, Tensor], layers: Sequence[str] | None) -> None:
+        super().__init__(model, self._gated, layers)
+        self._gates = dict(gates)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ran = self._scope is not None and self._scope.entered
+        super().__exit__(kind, error, trace)
+        unused = [name for name in self._gates if name not in self._met]
+        if kind is None and ran and unused:
+            raise ValueError(
+                f"`gates` names no attention call: {', '.join(map(repr, unused))}. "
+                f"Known: {', '.join(map(repr, self._met))}."
+            )
+
+    def _gated(self, call: AttentionCall) -> Tensor | None:
+        gate = self._gates.get(call_name(call))
         return None if gate is None or call.output is None else call.output * _checked(gate, call)[..., None, None]
-
-    return HeadIntervention(model, change, bases)
 
 
 def _checked(gate: Tensor, call: AttentionCall) -> Tensor:

@@ -91,6 +91,9 @@ def stitch_calls(calls: Sequence[AttentionCall], beams: Tensor | None = None) ->
     if beams is not None and (beams.ndim != 2 or beams.shape[1] != len(calls)):
         shape = tuple(beams.shape)
         raise ValueError(f"`beams` must have shape (sequences, {len(calls)}), one column a run, got {shape}.")
+    sizes = {call.shape[0] for call in calls}
+    if beams is None and len(sizes) > 1:
+        raise ValueError(_unfit(calls[0].name, f"their batches have {min(sizes)} to {max(sizes)} entries"))
     calls = [_unpacked(call, calls[0].shape[1]) for call in calls]
     starts = _starts(calls)
     total = max(start + call.shape[3] for start, call in zip(starts, calls, strict=True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, one_of
+from attn_callbacks._plain import plain
 from attn_callbacks.functional.alignment import LINKING
 from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES, alignment_ratios
 from attn_callbacks.metrics.accumulator import Accumulator
@@ -58,13 +59,13 @@ class AlignmentResult(NamedTuple):
         return float(means.nan_to_num(torch.inf).min()) if not means.isnan().all() else torch.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and strings."""
+        """Return plain numbers, lists and strings; NaN becomes ``None``."""
         return {
             "quantities": list(ALIGNMENT_QUANTITIES),
             "layer_names": list(self.layer_names),
-            "mean": self.mean.tolist(),
-            "standard_error": self.standard_error.tolist(),
-            "samples": self.samples.tolist(),
+            "mean": plain(self.mean),
+            "standard_error": plain(self.standard_error),
+            "samples": plain(self.samples),
         }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, check_axes
+from attn_callbacks._plain import plain
 from attn_callbacks.functional.patterns import PatternScores
 from attn_callbacks.functional.role_labels import ROLE_LABELS, RoleLabels, label_roles, role_thresholds
 from attn_callbacks.functional.roles import ROLES
@@ -82,15 +83,15 @@ class HeadRolesResult(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers, lists and strings; NaN becomes ``None``."""
         labels = self.labels()
-        fields = {name: _plain(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        fields = {name: plain(value) for name, value in self._asdict().items() if isinstance(value, Tensor)}
         return {
             **fields,
             "thresholds": dict(zip(ROLES, fields["thresholds"], strict=True)),
             "layer_names": list(self.layer_names),
             "roles": list(ROLES),
             "labels": self.names(),
-            "confidence": _plain(labels.confidence),
-            "agreement": _plain(self.agreement()),
+            "confidence": plain(labels.confidence),
+            "agreement": plain(self.agreement()),
         }
 
 
@@ -206,13 +207,3 @@ class HeadRolesMetric(Accumulator):
         if heads > self.heads:
             raise ValueError(f"`scores` must have at most {self.heads} heads, got {heads}. Raise `heads`.")
         return heads
-
-
-def _plain(values: Tensor) -> Any:
-    return _without_nan(values.tolist())
-
-
-def _without_nan(values: Any) -> Any:
-    if isinstance(values, list):
-        return [_without_nan(value) for value in values]
-    return None if values != values else values

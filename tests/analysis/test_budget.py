@@ -38,3 +38,15 @@ def test_a_bar_ends_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith(f"[{'#' * 20}{'.' * 20}]  50%")
     budget.step()
     assert capsys.readouterr().err.endswith("100%\n")
+
+
+def test_fewer_steps_than_planned() -> None:
+    shares: list[float] = []
+    budget = Budget(None, shares.append)
+    budget.plan(10)
+    budget.step(2)
+    budget.expect(8)  # as planned
+    budget.expect(2)
+    budget.step(2)
+    assert shares == [0.0, 0.2, 0.5, 1.0]
+    assert budget.was_enough

@@ -214,3 +214,10 @@ def test_heads_of_a_pretrained_model() -> None:
     assert found[0].agreement(found[1]) > 0.5  # other sentences, much the same clusters
     torch.testing.assert_close(found[0].distances, found[1].distances, atol=0.08, rtol=0)
     assert found[0].standard_error.max() < 0.03
+
+
+def test_infinite_distances_are_refused() -> None:
+    with pytest.raises(ValueError, match="`distances` must be finite"):
+        cluster_heads(torch.full((2, 4, 4), torch.inf).tril(-1) + torch.full((2, 4, 4), torch.inf).triu(1))
+    with pytest.raises(ValueError, match="`distances` must be finite"):
+        cluster_heads(torch.full((4, 4), torch.inf))

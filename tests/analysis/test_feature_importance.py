@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attn_callbacks.analysis.feature_importance import METHODS, feature_importance
+from tests.capture.reference import EagerAttention, SelfAttention
 
 WIDTH, TOKENS, MASK = 8, 6, 0
 
@@ -168,6 +169,96 @@ def _recorded(model: nn.Module, tokens: Tensor) -> Tensor:
     hidden = model(tokens)
     record("narrow", hidden[:, None, :2, :2].softmax(dim=-1))
     return hidden.sum(dim=1)
+
+
+@pytest.mark.parametrize("is_eager", [False, True])
+def test_a_frozen_model_on_token_ids(is_eager: bool) -> None:
+    model = nn.Sequential(nn.Embedding(6, 8), EagerAttention() if is_eager else SelfAttention(), nn.Linear(8, 2))
+    tokens = torch.randint(1, 6, (3, TOKENS))
+
+    def last(m: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+        hidden = m[0](x)
+        hidden += 1.0  # as position embeddings are added by some
+        return m[2](m[1](hidden))[:, -1]
+
+    expected = feature_importance(model, tokens, last, replacement=MASK).scores
+    model.requires_grad_(False)
+    found = feature_importance(model, tokens, last, replacement=MASK).scores
+    for name in METHODS:
+        torch.testing.assert_close(found[name], expected[name], msg=name, equal_nan=True)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_no_forward_has_more_samples_than_were_allowed() -> None:
+    tokens = torch.randint(3, 6, (7, TOKENS))
+    valid = torch.arange(TOKENS) < torch.tensor([6, 5, 4, 6, 4, 6, 5])[:, None]
+    sizes: list[int] = []
+
+    def counted(m: nn.Module, x: Tensor, v: Tensor | None) -> Tensor:
+        sizes.append(len(x))
+        return m(x, v)
+
+    few = feature_importance(Reader(), tokens, counted, valid=valid, replacement=MASK, batch_size=3)
+    assert max(sizes) == 3
+    many = feature_importance(Reader(), tokens, counted, valid=valid, replacement=MASK)
+    for name in METHODS:
+        torch.testing.assert_close(few.scores[name], many.scores[name], equal_nan=True)
+    assert few.summary() == many.summary()
+
+
+class Strict(Reader):
+    """Where all keys are hidden, there is no number."""
+
+    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        found = super().forward(tokens, valid)
+        return found if valid is None else found.masked_fill(~valid.any(dim=1, keepdim=True), torch.nan)
+
+
+def test_samples_that_lose_all_tokens_are_named(tokens: Tensor) -> None:
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    whole = feature_importance(Strict(), tokens, run, valid=valid)  # masks no more than half of them
+    assert not whole.comprehensiveness["masking"].isnan().any()
+    valid[1, 1:] = False
+    with pytest.raises(ValueError, match=r"NaN for samples \[1\]"):
+        feature_importance(Strict(), tokens, run, valid=valid)
+    with pytest.raises(ValueError, match=r"NaN for samples \[0, 1\]"):
+        feature_importance(Strict(), tokens, run, valid=valid, shares=(0.1, 1.0))
+
+
+def test_the_summary_counts_who_has_a_value(tokens: Tensor) -> None:
+    found = feature_importance(Reader(), tokens.repeat(2, 1), run, replacement=MASK)
+    assert "of" not in found.summary()
+    for part in (found.comprehensiveness, found.sufficiency):
+        part["value"][1] = torch.nan
+    kept = found.comprehensiveness["value"].mean(dim=1)[[0, 2, 3]]
+    line = next(line for line in found.summary().splitlines() if line.startswith("| value"))
+    assert f"{float(kept.mean()):+.3f} ± {float(kept.std() / 3**0.5):.3f} (3 of 4)" in line
+
+
+def test_what_cannot_be_asked_is_said_before_anything_runs(tokens: Tensor) -> None:
+    runs: list[int] = []
+
+    def counted(m: nn.Module, x: Tensor, v: Tensor | None) -> Tensor:
+        runs.append(len(x))
+        return m(x, v)
+
+    for shares in ((), (2,), (0.1, 0.0)):
+        with pytest.raises(ValueError, match="`shares` must hold shares of the features, above 0 and at most 1"):
+            feature_importance(Reader(), tokens, counted, replacement=MASK, shares=shares)
+    with pytest.raises(ValueError, match="`inputs` holds no sample"):
+        feature_importance(Reader(), tokens[:0], counted, replacement=MASK)
+    assert not runs
+    for wrong in (torch.tensor([0, 2]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="`target` must hold classes from 0 to 1"):
+            feature_importance(Reader(), tokens, counted, replacement=MASK, target=wrong)
+
+
+def test_inputs_made_in_inference_mode(tokens: Tensor) -> None:
+    with torch.inference_mode():
+        ids, valid = tokens.clone(), torch.ones_like(tokens, dtype=torch.bool)
+        found = feature_importance(Reader(), ids, run, valid=valid, replacement=MASK)
+    assert found.scores["masking"].argmax(dim=1).tolist() == [3, 3]
 
 
 @pytest.mark.slow

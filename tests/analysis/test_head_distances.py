@@ -56,3 +56,12 @@ def test_what_cannot_be_compared_is_refused() -> None:
         head_distances([call(), call(tokens=6)])
     with pytest.raises(ValueError, match="at least one call"):
         head_distances([])
+
+
+def test_recorded_weights_may_be_exactly_zero() -> None:
+    """An exact zero is a weight too small for its type, not a mask of that head alone."""
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.5, 0.25, 0.25]])
+    others = torch.tensor([[0.2, 0.4, 0.4], [0.3, 0.3, 0.4], [0.1, 0.8, 0.1]])
+    both = torch.stack([weights, others])[None]
+    found = head_distances([AttentionCall("layer", recorded=both)])
+    torch.testing.assert_close(found, head_distance(both, allowed=torch.ones(3, 3, dtype=torch.bool)))

@@ -11,7 +11,6 @@ import torch
 from scipy import stats
 
 from attn_callbacks.bias import Reliance
-from attn_callbacks.bias._plain import plain
 from attn_callbacks.bias.intervals import paired_interval
 
 
@@ -79,7 +78,7 @@ def test_a_class_without_samples_is_nan():
 
 def test_dict_survives_json():
     *_, reliance = draw()
-    values = plain(reliance.to_dict())
+    values = reliance.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert values["method"] == "shuffle"
     assert values["drop"] == reliance.drop

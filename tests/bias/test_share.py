@@ -32,7 +32,7 @@ def test_chance_of_a_set_without_attention_is_its_share():
     share = AttentionShare(zero, zero, support, error=zero, share=torch.tensor([0.3, 0.2]))
     assert share.chance.tolist() == pytest.approx([0.3, 0.2])
     assert share.mass_error.tolist() == pytest.approx([math.sqrt(1 / 82 * 81 / 82 / 82)] * 2)  # equal is not certain
-    assert share.to_dict()["share"] is share.share
+    assert share.to_dict()["share"] == share.share.tolist()
     assert AttentionShare(zero, zero, support).chance.isnan().all()
 
 

@@ -274,7 +274,7 @@ def test_what_is_wrong_is_said() -> None:
     ):
         model(TOKENS)
     with (
-        pytest.raises(ValueError, match="`layers` names no attention module: 'other'"),
+        pytest.raises(ValueError, match=r"`gates` names no attention call: 'other'\. Known: 'SelfAttention'"),
         gate_heads(model, {"other": torch.ones(4)}),
     ):
         model(TOKENS)
@@ -299,3 +299,36 @@ def test_a_forward_that_is_run_again_is_refused() -> None:
         output = checkpoint(model, TOKENS.clone().requires_grad_(), use_reentrant=False)
         with pytest.raises(CheckpointError, match="recomputation"):
             output.sum().backward()
+
+
+@pytest.mark.parametrize("layers", [None, ["0"], ["*"]])
+@pytest.mark.parametrize("name", ["layer", "layers", "1.attention#1", "1", "typo"])
+def test_gates_that_are_nobody_s_are_named(name: str, layers: list[str] | None) -> None:
+    model = nn.Sequential(made("sdpa"), made("multi-head"))
+    gates = {"0": torch.ones(HEADS), name: torch.zeros(HEADS)}
+    with (
+        pytest.raises(ValueError, match=f"`gates` names no attention call: '{name}'"),
+        gate_heads(model, gates, layers),
+    ):
+        model(TOKENS)
+    with gate_heads(model, gates, layers):
+        pass  # nothing ran
+    with pytest.raises(ZeroDivisionError), gate_heads(model, gates, layers):
+        _ = model(TOKENS) / (1 // 0)
+    assert left_behind() == []
+
+
+def test_gates_that_layers_leave_out_are_named() -> None:
+    model = nn.Sequential(made("sdpa"), made("sdpa"))
+    with pytest.raises(ValueError, match=r"`gates` names no attention call: '1'\. Known: '0'"):  # noqa: SIM117
+        with gate_heads(model, {"1": torch.zeros(HEADS)}, ["0"]):
+            model(TOKENS)
+
+
+def test_a_batch_without_samples_is_left_alone() -> None:
+    model = made("sdpa")
+    with HeadIntervention(model, lambda call: 1 / 0) as intervention:
+        assert model(TOKENS[:0]).shape == (0, 5, WIDTH)
+    assert intervention.names == ("SelfAttention",)
+    with gate_heads(model, {"SelfAttention": torch.zeros(HEADS)}):
+        assert model(TOKENS[:0]).shape == (0, 5, WIDTH)

@@ -196,3 +196,11 @@ def test_what_does_not_follow_is_refused(prompt: tuple[Tensor, Tensor]) -> None:
         stitch_calls([])
     with pytest.raises(ValueError, match=r"`beams` must have shape \(sequences, 2\)"):
         stitch_calls(twice[:2], torch.zeros(1, 3))
+
+
+def test_another_batch_is_no_continuation() -> None:
+    query = torch.randn(2, 2, 3, 4)
+    prompt = AttentionCall("layer", query=query, key=query, is_causal=True)
+    step = AttentionCall("layer", query=query[:1, :, :1], key=torch.randn(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="do not follow on one another: their batches have 1 to 2 entries"):
+        stitch_generation([prompt, step])
