@@ -109,7 +109,7 @@ MADE: dict[type, Callable[[], Any]] = {
     ),
     HeadClusters: clusters,
     HeadInteractions: lambda: HeadInteractions(
-        HEADS[:2], ("a",), *[CELLS] * 3, COUNTS, CELLS, CELLS, NAN, "exact", False
+        HEADS[:2], ("a",), *[CELLS] * 2, COUNTS, CELLS, CELLS, NAN, "exact", False
     ),
     HeadRolesResult: roles,
     HeadShapley: lambda: HeadShapley(NAMES, CELLS, CELLS, NAN, NAN, NAN, 0, 0.0, False),

@@ -13,7 +13,7 @@ from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
 from attn_callbacks.analysis._recorded import Recorded
 
-__all__ = ["AblatedRuns"]
+__all__ = ["AblatedRuns", "can_reuse"]
 
 
 class AblatedRuns:
@@ -69,7 +69,22 @@ class AblatedRuns:
         first = [min(off) for off in self._sets]
         if self._budget.is_spent or len(first) <= len(self._experiment.table.by_layer(first)):
             return False  # making sure, a run for each layer, would cost more than it saves
-        if not is_disturbed:
-            self._experiment.losses(batch, range(len(self._experiment.table)))
-        self._reuses.append(self._experiment.can_reuse(batch, recorded, first))
+        self._reuses.append(can_reuse(self._experiment, batch, recorded, first, is_disturbed=is_disturbed))
         return self._reuses[-1]
+
+
+def can_reuse(
+    experiment: HeadExperiment, batch: Any, recorded: Recorded, heads: Sequence[int], *, is_disturbed: bool
+) -> bool:
+    """Make sure that runs may begin at the layers of ``heads``, at the price of a run for each.
+
+    Args:
+        experiment: Runs the model.
+        batch: The batch.
+        recorded: Its unchanged run.
+        heads: Numbers of the heads.
+        is_disturbed: Something has run with heads off since.
+    """
+    if not is_disturbed:
+        experiment.losses(batch, range(len(experiment.table)))
+    return experiment.can_reuse(batch, recorded, heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -108,6 +108,8 @@ class HeadExperiment:
         look: Callable[[str, AttentionCall], None] | None = None,
         *,
         find: bool = False,
+        from_off: bool = False,
+        recorded: Recorded | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the losses ``(samples,)`` and the gradients of gates on all heads ``(all heads, samples)``.
 
@@ -118,14 +120,18 @@ class HeadExperiment:
             off: Numbers of heads.
             look: Called with each of the calls.
             find: Take in layers that were not known.
+            from_off: Only ask heads from the first layer on in which one is off; the others are NaN as well.
+            recorded: With that, an unchanged run of this batch to begin from.
 
         Raises:
             ValueError: If the losses have no graph.
         """
-        known, sizes = bool(len(self.table)), self.table.sizes
-        wanted = self._is_wanted if find else lambda call: call_name(call) in sizes
-        gates = Gates(wanted, Removal(self.table.by_layer(off)), look)
-        with torch.enable_grad():
+        known, sizes, by_layer = bool(len(self.table)), self.table.sizes, self.table.by_layer(off)
+        prefix, labels = recorded.start(by_layer) if recorded is not None else (None, None)
+        wanted = (lambda _, call: self._is_wanted(call)) if find else (lambda name, _: name in sizes)
+        begin = by_layer if from_off else ()
+        gates = Gates(wanted, Removal(by_layer), look, begin, labels if prefix is not None else None)
+        with torch.enable_grad(), nullcontext() if prefix is None else prefix.replayed():
             losses = self._raw(batch, gates, None if known else self.layers)
             if find:
                 self._found(gates.heads)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from attn_callbacks.analysis._ablated_runs import AblatedRuns
+from attn_callbacks.analysis._ablated_runs import AblatedRuns, can_reuse
 from attn_callbacks.analysis._budget import Budget
 from attn_callbacks.analysis._doubts import check_heads, check_reached
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
+from attn_callbacks.analysis._recorded import Recorded
 
 __all__ = ["PairSums", "estimated_pairs", "exact_pairs"]
 
@@ -22,7 +25,7 @@ class PairSums:
     """
 
     def __init__(self, heads: int) -> None:
-        self.both, self.half = SampleMoments(heads, heads), SampleMoments(heads, heads)
+        self.pairs = SampleMoments(heads, heads)
         self.alone, self.losses = SampleMoments(heads), SampleMoments()
 
 
@@ -46,12 +49,12 @@ def exact_pairs(experiment: HeadExperiment, budget: Budget, pairs: list[tuple[in
 def _add_pair(sums: PairSums, pair: tuple[int, ...], changes: dict[tuple[int, ...], Tensor]) -> None:
     first, second = pair
     interaction = changes[pair] - changes[(first,)] - changes[(second,)]
-    sums.both.add(interaction, first, second)
-    sums.both.add(interaction, second, first)
+    sums.pairs.add(interaction, first, second)
+    sums.pairs.add(interaction, second, first)
 
 
 def estimated_pairs(experiment: HeadExperiment, budget: Budget) -> PairSums:
-    """Run with gates once as it is and once without each head."""
+    """Run with gates once as it is, and once without each head from there on."""
     heads = len(experiment.table)
     sums = PairSums(heads)
     budget.plan(len(experiment.batches) * (heads + 1))
@@ -62,19 +65,29 @@ def estimated_pairs(experiment: HeadExperiment, budget: Budget) -> PairSums:
             _check_reached(experiment, gates)
         sums.losses.add(losses)
         budget.step()
+        start = _start(experiment, budget, batch)
         changes = torch.full((heads, heads, len(losses)), torch.nan)  # of the gate of each column, without each row
         for off in range(heads):
             if budget.is_spent:
                 break
-            without, others = experiment.gates(batch, [off])
+            without, others = experiment.gates(batch, [off], from_off=True, recorded=start)
             sums.alone.add(without - losses, off)
             changes[off] = (gates - others).float()
             changes[off, off] = torch.nan
             budget.step()
-        _add_all(sums, changes, is_first=number == 0)
+        # within a layer both orders of a pair are known, else the one that takes away the head that runs first
+        sums.pairs.add(torch.stack([changes, changes.transpose(0, 1)]).nanmean(dim=0))
         if budget.is_spent:
             break
     return sums
+
+
+def _start(experiment: HeadExperiment, budget: Budget, batch: Any) -> Recorded | None:
+    """Return an unchanged run that others may begin from, if they may."""
+    if budget.is_spent:
+        return None
+    recorded, every = experiment.record(batch), range(len(experiment.table))
+    return recorded if can_reuse(experiment, batch, recorded, every, is_disturbed=False) else None
 
 
 def _check_reached(experiment: HeadExperiment, first: Tensor) -> None:
@@ -85,12 +98,3 @@ def _check_reached(experiment: HeadExperiment, first: Tensor) -> None:
             return
         _, found = experiment.gates(batch)
     check_reached(found)
-
-
-def _add_all(sums: PairSums, changes: Tensor, *, is_first: bool) -> None:
-    mirrored = changes.transpose(0, 1)
-    if is_first:  # where the time was up, one order of a pair has to do; later batches are taken as a whole or not
-        sums.both.add(torch.stack([changes, mirrored]).nanmean(dim=0))
-    else:
-        sums.both.add((changes + mirrored) / 2)
-    sums.half.add((changes - mirrored) / 2)

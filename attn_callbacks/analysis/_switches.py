@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,27 +53,34 @@ class Removal:
 
 
 class Gates:
-    """Gives every head of every sample a gate of one, and knows the gradients of these gates after a backward.
+    """Gives heads of every sample a gate of one, and knows the gradients of these gates after a backward.
 
     Args:
-        wanted: Tells of a call whether its heads get gates.
+        wanted: Tells of a name and its call whether its heads get gates.
         removal: Takes heads away before.
         look: Called with each of these calls before anything is done.
+        begin: Layers, of which the first one that runs is the first to get gates; none: all get some.
+        labels: Names of the calls in the order in which they come; ``None`` reads them off the calls.
     """
 
     def __init__(
         self,
-        wanted: Callable[[AttentionCall], bool],
+        wanted: Callable[[str, AttentionCall], bool],
         removal: Removal,
         look: Callable[[str, AttentionCall], None] | None = None,
+        begin: Collection[str] = (),
+        labels: Sequence[str] | None = None,
     ) -> None:
         self.heads: dict[str, int] = {}
         self._wanted, self._removal, self._look = wanted, removal, look
+        self._labels: Iterator[str] | None = None if labels is None else iter(labels)
+        self._begin, self._begun = begin, not begin
         self._gates: list[tuple[str, Tensor]] = []
 
     def __call__(self, call: AttentionCall) -> Tensor | None:
-        name, output = call_name(call), call.output
-        if output is None or not self._wanted(call):
+        name, output = call_name(call) if self._labels is None else next(self._labels, ""), call.output
+        self._begun = self._begun or name in self._begin
+        if output is None or not self._begun or not self._wanted(name, call):
             return None
         self.heads.setdefault(name, call.shape[1])
         if self._look is not None:

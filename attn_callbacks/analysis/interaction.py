@@ -44,8 +44,6 @@ class HeadInteractions:
         interaction: Mean over samples, symmetric ``(heads, heads)``; NaN on the diagonal and where nothing was
             measured. Above 0 redundant, below 0 synergetic.
         standard_error: Of ``interaction``, over samples.
-        asymmetry: Half of what taking ``row`` away and asking ``column`` gives beyond the other way round; NaN for
-            exact pairs.
         samples: Number of samples that each pair was measured on. int64.
         change: How much the loss rises when a head alone is off, ``(layers, heads)``, exact.
         change_error: Of ``change``.
@@ -58,7 +56,6 @@ class HeadInteractions:
     layer_names: tuple[str, ...]
     interaction: Tensor
     standard_error: Tensor
-    asymmetry: Tensor
     samples: Tensor
     change: Tensor
     change_error: Tensor
@@ -110,11 +107,11 @@ def head_interactions(
     **synergetic**: one is of no use without the other, so that the second loss is less than the first.
 
     Chosen ``pairs`` are measured exactly: a forward for each of them and for each of their heads. For all pairs that
-    would be a forward for each of heads² / 2; ``pairs=None`` takes a forward and a backward a head instead: with
-    :math:`G_k` the gradient of a gate on ``k``, :math:`I(h, k) \approx G_k(\{\}) - G_k(\{h\})`. This is exact in ``h``
-    and first order in ``k``: what is left out is :math:`\frac{1}{2}[\partial_k^2 L(\{h\}) - \partial_k^2 L(\{\})]` and
-    higher terms, nothing where the loss is linear in a gate. The mean of both orders of a pair is returned, and half
-    their difference as ``asymmetry``: where it is as large as the interaction, measure that pair exactly.
+    would be a forward for each of heads² / 2; ``pairs=None`` takes a forward and a backward a head instead, from its
+    layer on: with :math:`G_k` the gradient of a gate on ``k``, :math:`I(h, k) \approx G_k(\{\}) - G_k(\{h\})`. This is
+    exact in ``h``, the head that runs first, and first order in ``k``: what is left out is
+    :math:`\frac{1}{2}[\partial_k^2 L(\{h\}) - \partial_k^2 L(\{\})]` and higher terms, nothing where the loss is linear
+    in a gate. Of two heads of one layer it is the mean of both orders. Measure what matters to you again, exactly.
 
     Standard errors are over samples, each of which is compared with itself. With many pairs, some come out far from 0
     by chance: look at the largest ones again on other samples.
@@ -164,10 +161,9 @@ def head_interactions(
         return HeadInteractions(
             heads=table.heads,
             layer_names=table.names,
-            interaction=sums.both.mean(),
-            standard_error=sums.both.standard_error(),
-            asymmetry=sums.half.mean(),
-            samples=sums.both.samples,
+            interaction=sums.pairs.mean(),
+            standard_error=sums.pairs.standard_error(),
+            samples=sums.pairs.samples,
             change=table.spread(sums.alone.mean()),
             change_error=table.spread(sums.alone.standard_error()),
             loss=float(sums.losses.mean()),

@@ -83,8 +83,7 @@ def study(
         values = ablation.change
     if left() > 0:
         step = -(-int((~values.isnan()).sum()) // _STEPS)
-        scores = None if method == "gate" else values
-        curve = pruning_curve(model, batches, loss, scores, max(step, 1), layers, seconds=max(left(), _AT_LEAST))
+        curve = pruning_curve(model, batches, loss, values, max(step, 1), layers, seconds=max(left(), _AT_LEAST))
     if interactions and left() > 0:
         pairs = head_interactions(model, batches, loss, layers=layers, seconds=max(left(), _AT_LEAST))
     return HeadStudy(epoch, importance, ablation, curve, pairs, time.monotonic() - begun)

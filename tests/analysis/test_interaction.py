@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis.ablation import ablate_heads
 from attn_callbacks.analysis.interaction import HeadInteractions, head_interactions
+from attn_callbacks.capture import gate_heads
 from tests.analysis.games import Game, chained, covering, game_loss, ones
 from tests.capture.reference import SelfAttention, Stack
 from tests.capture.zoo import BY_NAME, INPUTS, build
@@ -47,7 +49,6 @@ def test_exact_is_what_sets_give_in_ablation() -> None:
     first, second = found.heads.index(pair[1]), found.heads.index(pair[0])
     torch.testing.assert_close(found.interaction[first, second], expected, rtol=1e-5, atol=1e-8)
     assert int((~found.interaction.isnan()).sum()) == 4
-    assert found.asymmetry.isnan().all()
 
 
 def squared(model: nn.Module, batch: Tensor) -> Tensor:
@@ -73,8 +74,58 @@ def test_what_the_estimate_leaves_out_is_the_curvature_in_the_second_gate() -> N
     assert exact.interaction[0, 1].item() == pytest.approx(1.0)
     # without the first: gate of the second 2 - 0; without the second: gate of the first 1 - 0
     assert found.interaction[0, 1].item() == pytest.approx(1.5)
-    assert found.asymmetry[0, 1].item() == pytest.approx(0.5)
-    assert found.asymmetry[1, 0].item() == pytest.approx(-0.5)
+
+
+def by_definition(model: nn.Module, batch: Tensor, sizes: dict[str, int]) -> Tensor:
+    """Gradient of a gate on each head (columns) with all on, less that without a head (rows), for each sample."""
+    heads = [(name, head) for name, size in sizes.items() for head in range(size)]
+
+    def gradients(off: tuple[str, int] | None) -> Tensor:
+        gates = {name: torch.ones(len(batch), size) for name, size in sizes.items()}
+        if off is not None:
+            gates[off[0]][:, off[1]] = 0.0
+        leaves = {name: gate.requires_grad_() for name, gate in gates.items()}
+        with gate_heads(model, leaves):
+            total = squared(model, batch).sum()
+        return torch.cat(torch.autograd.grad(total, list(leaves.values())), dim=1).T
+
+    every = gradients(None)
+    return torch.stack([every - gradients(head) for head in heads])
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["begun where it differs", "whole runs"])
+def test_the_estimate_takes_away_the_head_that_runs_first(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if whole:
+        monkeypatch.setattr(HeadExperiment, "can_reuse", lambda *_: False)
+    model, data = Stack(SelfAttention(8, 4), SelfAttention(8, 4)), torch.randn(6, 5, 8)
+    found = head_interactions(model, data.split(3), squared)
+    defined = by_definition(model, data, {"layers.0": 4, "layers.1": 4}).mean(dim=-1).double()
+    first, second = found.interaction[:4, :4], found.interaction[:4, 4:]
+    torch.testing.assert_close(second, defined[:4, 4:], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.interaction[4:, :4], second.T)
+    other = ~torch.eye(4, dtype=torch.bool)
+    own = (defined[:4, :4] + defined[:4, :4].T) / 2
+    torch.testing.assert_close(first[other], own[other], rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(defined[:4, 4:], defined[4:, :4].T, rtol=1e-2)  # the other order is another number
+
+
+class Counted(SelfAttention):
+    """Counts how often it computes."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.runs = 0
+
+    def project(self, tokens: Tensor) -> Tensor:
+        self.runs += 1
+        return super().project(tokens)
+
+
+def test_nothing_runs_again_before_the_head_that_is_off() -> None:
+    model, data = Stack(Counted(), Counted()), torch.randn(6, 5, 8)
+    head_interactions(model, [data], squared)
+    first, second = (layer.runs for layer in model.layers)
+    assert second - first == 4 + 1  # without each head of the second layer, and the run that makes sure of it
 
 
 def test_on_a_transformer_the_estimate_goes_with_the_exact_values() -> None:
@@ -119,11 +170,10 @@ class Clock:
 @pytest.mark.parametrize("pairs", [[PAIR], None], ids=["exact", "estimated"])
 def test_the_time_is_up(pairs: list[tuple[tuple[str, int], ...]] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_callbacks.analysis._budget.time", Clock())
-    found = head_interactions(Game(), [ones()] * 2, game_loss(covering), pairs, seconds=2.5 if pairs is None else 3.5)
+    found = head_interactions(Game(), [ones()] * 2, game_loss(covering), pairs, seconds=3.5)
     assert not found.is_complete
     if pairs is None:  # without the first head, but not without the second: one order has to do
         assert found.interaction[0, 1].item() == pytest.approx(0.7, abs=1e-6)
-        assert found.asymmetry.isnan().all()
     else:
         assert found.interaction.isnan().all()
         assert found.change[0].isnan().tolist() == [False, False]
@@ -136,9 +186,7 @@ def test_the_strongest_pairs_come_first() -> None:
     values = torch.tensor([[0.0, 3.0, -1.0], [3.0, 0.0, 5.0], [-1.0, 5.0, 0.0]]).fill_diagonal_(torch.nan)
     heads = (("a", 0), ("a", 1), ("b", 0))
     nothing = torch.full((2, 2), torch.nan)
-    found = HeadInteractions(
-        heads, ("a", "b"), values, values.abs(), values, values, nothing, nothing, 1.0, "exact", True
-    )
+    found = HeadInteractions(heads, ("a", "b"), values, values.abs(), values, nothing, nothing, 1.0, "exact", True)
     assert [pair[:3] for pair in found.redundant()] == [(heads[1], heads[2], 5.0), (heads[0], heads[1], 3.0)]
     assert [pair[:3] for pair in found.redundant(1)] == [(heads[1], heads[2], 5.0)]
     assert [pair[:3] for pair in found.synergetic()] == [(heads[0], heads[2], -1.0)]

@@ -63,7 +63,7 @@ def test_it_finds_what_the_functions_find(method: str, net: type[nn.Module], tmp
         expected: Any = head_importance(module.net, batches, entropy)
         torch.testing.assert_close(found.importance.importance, expected.importance, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(found.importance.confidence, expected.confidence, rtol=1e-4, atol=1e-7)
-        curve = pruning_curve(module.net, batches, entropy)
+        curve = pruning_curve(module.net, batches, entropy, expected.importance)
     else:
         expected = ablate_heads(module.net, batches, entropy)
         torch.testing.assert_close(found.ablation.change, expected.change, rtol=1e-4, atol=1e-6)
