@@ -7,8 +7,8 @@ which can go. Before and after fine-tuning each head is also taken away in turn,
 whether they cover for one another or need one another. What is striking is measured again on other sentences.
 
 Run: ``python -m examples.heads_of_minilm``. It needs the packages of ``requirements-data.txt`` and scipy, and takes
-about five minutes on one thread. ``THREADS=2`` is faster only where two cores are idle. ``runs/heads`` then holds a
-picture, the numbers, and what TensorBoard shows.
+about three minutes on two idle cores; where other work shares them, ``THREADS=1`` is faster. ``runs/heads`` then
+holds a picture, the numbers, and what TensorBoard shows.
 """
 
 from __future__ import annotations
@@ -242,6 +242,6 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(os.environ.get("THREADS", "1")))
+    torch.set_num_threads(int(os.environ.get("THREADS", "2")))
     quiet()
     run()

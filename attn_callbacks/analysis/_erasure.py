@@ -100,13 +100,15 @@ class Eraser:
         elif inputs.ndim == 3:
             gone = gone[..., None]
         other = torch.as_tensor(self._replacement, dtype=inputs.dtype, device=inputs.device)
+        if inputs.ndim == 4 and other.shape == inputs.shape[1:2]:  # a colour
+            other = other[:, None, None]
         return torch.where(gone, other, inputs), valid
 
 
 def _count(inputs: Tensor, grid: tuple[int, int] | None) -> int:
     """Return the number of features of a sample."""
     if inputs.ndim == 4:
-        if grid is None or inputs.shape[2] % grid[0] or inputs.shape[3] % grid[1]:
+        if grid is None or len(grid) != 2 or inputs.shape[2] % grid[0] or inputs.shape[3] % grid[1]:
             raise ValueError(
                 f"`grid` must give rows and columns of patches that divide the picture, {tuple(inputs.shape[2:])}, "
                 f"got {grid}."

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from attn_callbacks.analysis._erasure import Eraser
 
-__all__ = ["check_masking", "checked_shares", "checked_target", "maskable"]
+__all__ = ["CONTROL", "METHODS", "check_masking", "checked_rankings", "checked_shares", "checked_target", "maskable"]
+
+
+METHODS: tuple[str, ...] = ("attention", "gradient", "value", "masking")
+"""Names of the scores, in order."""
+
+CONTROL = "random"
+"""Name of the ranking that others are compared with."""
 
 
 def maskable(eraser: Eraser, features: Tensor | None) -> Tensor:
@@ -25,6 +32,24 @@ def maskable(eraser: Eraser, features: Tensor | None) -> Tensor:
     if tuple(features.shape) != shape:
         raise ValueError(f"`features` must have shape (samples, features) = {shape}, got {tuple(features.shape)}.")
     return places & features.cpu().bool()
+
+
+def checked_rankings(rankings: Mapping[str, Tensor] | None, places: Tensor) -> dict[str, Tensor]:
+    """Return scores of somebody else's, by name.
+
+    Raises:
+        ValueError: If some have another shape or the name of ours.
+    """
+    found = dict(rankings or {})
+    for name, scores in found.items():
+        if name in (*METHODS, CONTROL):
+            raise ValueError(f"`rankings` must not use the names of the scores that are computed, got {name!r}.")
+        if scores.shape != places.shape:
+            raise ValueError(
+                f"`rankings` must have shape (samples, features) = {tuple(places.shape)}, got {tuple(scores.shape)} "
+                f"for {name!r}."
+            )
+    return found
 
 
 def checked_shares(shares: Sequence[float]) -> tuple[float, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,17 +14,19 @@ from attn_callbacks._plain import plain
 from attn_callbacks.analysis._attention_scores import attention_scores
 from attn_callbacks.analysis._batches import outside_inference
 from attn_callbacks.analysis._erasure import Eraser, Logits
-from attn_callbacks.analysis._features import check_masking, checked_shares, checked_target, maskable
+from attn_callbacks.analysis._features import (
+    CONTROL,
+    check_masking,
+    checked_rankings,
+    checked_shares,
+    checked_target,
+    maskable,
+)
 from attn_callbacks.analysis._quiet import undisturbed
 from attn_callbacks.capture.selection import checked_layers, checked_model
 from attn_callbacks.functional.feature_importance import top_features
 
-__all__ = ["METHODS", "FeatureImportance", "feature_importance"]
-
-METHODS: tuple[str, ...] = ("attention", "gradient", "value", "masking")
-"""Names of the scores, in order."""
-
-_CONTROL = "random"
+__all__ = ["FeatureImportance", "feature_importance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class FeatureImportance:
     """What `feature_importance` found; tensors are on the CPU.
 
     Args:
-        scores: Of each method of `METHODS`, ``(samples, features)``; NaN where a place is no feature.
+        scores: Of each method, and of `rankings`, ``(samples, features)``; NaN where a place is no feature.
         target: Class that was explained, ``(samples,)``.
         probability: Its probability for the inputs as they are, ``(samples,)``. float64.
         measure: What ``masking`` is the change of.
@@ -105,6 +107,7 @@ def feature_importance(
     grid: tuple[int, int] | None = None,
     query: int | None = None,
     layers: Sequence[str] | None = None,
+    rankings: Mapping[str, Tensor] | None = None,
     measure: Literal["probability", "loss"] = "probability",
     shares: Sequence[float] = (0.01, 0.05, 0.1, 0.2, 0.5),
     batch_size: int = 64,
@@ -133,6 +136,7 @@ def feature_importance(
         grid: Rows and columns of patches, for pictures. Tokens before the patches are left out of the scores.
         query: Position of the only query whose attention counts, such as 0 for a class token; ``None``: all.
         layers: Names or glob patterns of attention modules; ``None`` takes all self-attention over the features.
+        rankings: Further scores by name that are put to the same test, such as rollout or relevance.
         measure: What masking one feature changes: ``"probability"`` of the class, or ``"loss"``, its cross-entropy.
         shares: Shares of the features masked together, rounded up to whole features.
         batch_size: Samples in one forward.
@@ -142,7 +146,8 @@ def feature_importance(
         - inputs: ``(samples, tokens)``, ``(samples, tokens, width)`` or ``(samples, channels, height, width)``
         - target: ``(samples,)``
         - valid: ``(samples, tokens)``
-        - features: ``(samples, tokens)``, or ``(samples, rows * columns)``
+        - features, rankings: ``(samples, tokens)``, or ``(samples, rows * columns)``
+        - replacement: a number, ``(width,)`` of embeddings, ``(channels,)`` of pictures
 
     Raises:
         ValueError: If a shape, a share, a class or a word does not fit, there is no sample, no self-attention over the
@@ -172,6 +177,7 @@ def feature_importance(
         inputs, valid = outside_inference(inputs), outside_inference(valid)
     eraser = Eraser(model, logits, inputs, valid, replacement, grid, at_least("batch_size", batch_size, 1))
     places, tested_shares = maskable(eraser, features), checked_shares(shares)
+    own = checked_rankings(rankings, places)
     with undisturbed(model):
         full = torch.cat([eraser.run(*part).detach() for part in eraser.parts()]).cpu()
         chosen = checked_target(full, target)
@@ -179,9 +185,10 @@ def feature_importance(
         check_masking(eraser, places, chosen, before, max(tested_shares))
         names, scores = attention_scores(eraser, chosen, query, checked_layers(layers))
         scores["masking"] = _masked_one_by_one(eraser, places, chosen, before, measure)
+        scores |= own
         scores = {name: values.float().cpu().where(places, torch.nan) for name, values in scores.items()}
         control = torch.rand(places.shape, generator=torch.Generator().manual_seed(seed))
-        ranked = {**scores, _CONTROL: control}
+        ranked = {**scores, CONTROL: control}
         tested = {
             name: _tested(eraser, places, values, chosen, before, tested_shares) for name, values in ranked.items()
         }

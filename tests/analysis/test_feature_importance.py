@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from attn_callbacks.analysis.feature_importance import METHODS, feature_importance
+from attn_callbacks.analysis._features import METHODS
+from attn_callbacks.analysis.feature_importance import feature_importance
 from tests.capture.reference import EagerAttention, SelfAttention
 
 WIDTH, TOKENS, MASK = 8, 6, 0
@@ -138,6 +141,34 @@ def test_patches() -> None:
     assert found.scores["masking"].shape == (3, 4)
     assert found.scores["masking"].argmax(dim=1).tolist() == [3, 3, 3]
     assert found.layer_names == ("mix",)
+
+
+def test_a_colour_takes_the_place_of_patches() -> None:
+    model, image, colour = Patches(), torch.rand(2, 3, 8, 8), torch.tensor([0.1, 0.2, 0.3])
+    found, expected = (
+        feature_importance(model, image, lambda model, x, _: model(x), replacement=given, grid=(2, 2), seed=1)
+        for given in (colour, colour[:, None, None].expand(3, 8, 8))
+    )
+    torch.testing.assert_close(found.scores["masking"], expected.scores["masking"])
+    with pytest.raises(ValueError, match=r"`grid` must give rows and columns of patches .* got \(2, 2, 1\)"):
+        feature_importance(Patches(), image, lambda model, x, _: model(x), replacement=0.0, grid=(2, 2, 1))
+
+
+def test_rankings_of_somebody_else_are_put_to_the_same_test(tokens: Tensor) -> None:
+    def ask(**options: Any) -> Any:
+        return feature_importance(Reader(), tokens, lambda m, x, v: m(x, v), replacement=MASK, **options)
+
+    plain = ask()
+    found = ask(rankings={"mine": plain.scores["masking"], "reversed": -plain.scores["masking"]})
+    for part in ("comprehensiveness", "sufficiency"):
+        torch.testing.assert_close(getattr(found, part)["mine"], getattr(plain, part)["masking"])
+    better, worse = (found.comprehensiveness[name].mean() for name in ("mine", "reversed"))
+    assert better > worse
+    assert "| mine |" in found.summary()
+    with pytest.raises(ValueError, match=r"`rankings` must have shape \(samples, features\) = .* for 'short'"):
+        ask(rankings={"short": torch.zeros(1, 2)})
+    with pytest.raises(ValueError, match="`rankings` must not use the names of the scores that are computed"):
+        ask(rankings={"value": plain.scores["value"]})
 
 
 def test_says_so_where_masking_changes_nothing(tokens: Tensor) -> None:
