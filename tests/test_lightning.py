@@ -90,6 +90,24 @@ trainer:
 """
 
 
+HEADS = """
+    - class_path: attn_callbacks.HeadRoles
+      init_args: {special: [0], clusters: 2, drift_samples: 4}
+    - class_path: attn_callbacks.HeadImportance
+      init_args: {method: ablation, batches: 1, layers: ['*.1.*']}
+    - class_path: attn_callbacks.AttentionPaths
+      init_args: {samples: 1, method: relevance, target: 1}
+    - class_path: attn_callbacks.ErrorAnalysis
+      init_args: {samples: 1, frames: cluster, classes: [bad, good]}
+    - class_path: attn_callbacks.AlignmentMonitor
+      init_args: {method: mutual, layers: ['*.1.*'], cross_only: false, source_valid: attention_mask}
+    - class_path: attn_callbacks.TrainingHealth
+      init_args:
+        every_n_steps: 1
+        thresholds: {class_path: attn_callbacks.functional.HealthThresholds, init_args: {max_logit: 50.0}}
+"""
+
+
 def read_group(batch: Any) -> torch.Tensor:
     return batch["group"]
 
@@ -127,6 +145,24 @@ def test_command_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert monitor.report.group_names == ("group 0", "group 1", "group 2", "group 3")
     assert [type(feedback).__name__ for feedback in monitor.feedback] == ["ClassReweighting", "AttentionGuidance"]
     assert monitor.feedback[1].coefficient == 0.5
+
+
+@both
+def test_command_line_takes_all_that_looks_at_heads(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    pytest.importorskip("scipy")
+    begin, _, _ = YAML.partition("    - class_path: attn_callbacks.AttentionHeatmaps")
+    trainer = run_cli(
+        name, tmp_path, monkeypatch, begin + HEADS.strip("\n").replace("{", "{{").replace("}", "}}")
+    ).trainer
+    assert not [warning for warning in recwarn if "switched off" in str(warning.message)]
+    drawn = {path.relative_to(tmp_path / "run").parts[0] for path in tmp_path.glob("run/**/*.png")}
+    assert drawn == {"alignment", "errors", "importance", "paths", "roles"}
+    found = {type(callback).__name__: callback for callback in trainer.callbacks}
+    assert found["HeadRoles"].head_clusters.clusters == 2
+    assert found["TrainingHealth"].thresholds.max_logit == 50.0
+    assert found["AttentionPaths"].result.samples[0].target == 1
 
 
 @both
