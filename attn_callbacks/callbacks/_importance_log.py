@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -83,7 +83,8 @@ def _removable(study: HeadStudy, rise: float) -> Iterator[str]:
             "`batches`, or a larger `rise`, may show some."
         )
         return
-    listed = ", ".join(f"{layer} · {head}" for layer, head in found.heads[:_MOST])
+    told = _names(curve.layer_names)
+    listed = ", ".join(told(head) for head in found.heads[:_MOST])
     more = "" if len(found.heads) <= _MOST else f" and {len(found.heads) - _MOST} more"
     count = f"{len(found.heads)} head{'s' * (len(found.heads) > 1)}"
     yield (
@@ -97,14 +98,20 @@ def _interacting(found: HeadInteractions | None) -> Iterator[str]:
         return
     rows: list[tuple[str, HeadPair]] = [("redundant", pair) for pair in found.redundant(_PAIRS)]
     rows += [("synergetic", pair) for pair in found.synergetic(_PAIRS)]
+    told = _names(found.layer_names)
     lines = [
-        f"| {kind} | {pair.first[0]} · {pair.first[1]} | {pair.second[0]} · {pair.second[1]} | "
-        f"{pair.interaction:+.2g} ± {pair.standard_error:.1g} |"
+        f"| {kind} | {told(pair.first)} | {told(pair.second)} | {pair.interaction:+.2g} ± {pair.standard_error:.1g} |"
         for kind, pair in rows
         if abs(pair.interaction) > 2 * pair.standard_error
     ]
     if lines:
         yield "\n".join(["| pair | head | head | interaction |", "|---|---|---|---|", *lines])
+
+
+def _names(layers: Sequence[str]) -> Callable[[tuple[str, int]], str]:
+    """Return what names a head without the path that all layers share."""
+    short = dict(zip(layers, short_layer_names(layers), strict=True))
+    return lambda head: f"{short[head[0]]} head {head[1]}"
 
 
 def _unfinished(study: HeadStudy) -> Iterator[str]:
