@@ -113,7 +113,7 @@ TABLE = Table(
             "naive ablation of 10,296 pairs of 144 heads / all pairs from gate gradients",
             bound=15,
             predicted=24,
-            limit="10,441/156 = 67: a backward to the activations costs one forward, and the mean head lies in the middle",
+            limit="10,441/156 = 67: a backward to the activations costs a forward; the mean head lies in the middle",
             between="what listening to short calls costs",
             block="pairs",
             of=PAIR_TIMES,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch import distributed as dist
 
 from attn_callbacks.callbacks._host import to_host
+from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES
 from attn_callbacks.metrics.alignment import MOMENTS, AlignmentMetric, AlignmentResult, alignment_result
 
@@ -25,8 +23,7 @@ class AlignmentSums:
     """
 
     def __init__(self, method: str = "argmax", processes: int = 1) -> None:
-        # a run on one device may live in a process group of somebody else, who would not answer
-        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
+        self._is_distributed = are_connected(processes)
         self._method = method
         self._layers: dict[str, AlignmentMetric] = {}
 
@@ -52,7 +49,9 @@ class AlignmentSums:
         own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
         for metric in self._layers.values():
             metric.reset()
-        shares = self._from_all_processes((failed, dict(zip(self._layers, own, strict=True))))
+        shares = from_all_processes(
+            (failed, dict(zip(self._layers, own, strict=True))), is_distributed=self._is_distributed
+        )
         if any(failed for failed, _ in shares):
             raise RuntimeError("A process could not measure all of its data.")
         layers = dict.fromkeys(layer for _, held in shares for layer in held)
@@ -65,10 +64,3 @@ class AlignmentSums:
                 if layer in held:
                     row += F.pad(held[layer], (0, 0, 0, 0, 0, heads - len(held[layer])))
         return alignment_result(total, tuple(layers))
-
-    def _from_all_processes(self, share: Any) -> list[Any]:
-        if not self._is_distributed:
-            return [share]
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, share)
-        return shares

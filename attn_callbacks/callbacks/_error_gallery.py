@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attn_callbacks.callbacks._error_sums import gathered
+from attn_callbacks.callbacks._processes import from_all_processes
 from attn_callbacks.capture import AttentionCall
 
 __all__ = ["WorstSamples", "calls_at", "worst_of_all"]
@@ -76,11 +76,11 @@ def worst_of_all(entries: list[Entry], most: int, *, is_distributed: bool) -> li
     """Return the worst entries of all processes, the worst first; only those are exchanged. Every process calls it."""
     if not is_distributed:
         return entries
-    scores = gathered([float(entry["score"]) for entry in entries], is_distributed=True)
+    scores = from_all_processes([float(entry["score"]) for entry in entries], is_distributed=True)
     ranked = sorted((-score, process, place) for process, own in enumerate(scores) for place, score in enumerate(own))
     mine = torch.distributed.get_rank()
     chosen = [entries[place] for _, process, place in ranked[:most] if process == mine]
-    shares = gathered(chosen, is_distributed=True)
+    shares = from_all_processes(chosen, is_distributed=True)
     return sorted((entry for share in shares for entry in share), key=lambda entry: -float(entry["score"]))
 
 

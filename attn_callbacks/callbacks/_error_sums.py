@@ -9,10 +9,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from attn_callbacks.callbacks._processes import from_all_processes
 from attn_callbacks.functional.effect_size import Moments
 from attn_callbacks.metrics.outcome_statistics import OutcomeStatistics
 
-__all__ = ["ErrorSums", "gathered"]
+__all__ = ["ErrorSums"]
 
 
 class _Size(NamedTuple):
@@ -55,7 +56,7 @@ class ErrorSums:
         """
         own, self._metrics = self._metrics, {}
         sizes = {name: _Size(each.heads, each.statistics, each.num_classes) for name, each in own.items()}
-        shares: list[Any] = gathered((failed, sizes), is_distributed=self._is_distributed)
+        shares: list[Any] = from_all_processes((failed, sizes), is_distributed=self._is_distributed)
         if any(broken for broken, _ in shares):
             raise RuntimeError("A process could not measure all of its data.")
         layers = {name: size for _, found in shares for name, size in found.items()}
@@ -73,15 +74,6 @@ class ErrorSums:
         parts = total.cpu().split([len(part) for part in packed])
         merged: list[Any] = [m.cpu().merged(part, processes) for m, part in zip(metrics, parts, strict=True)]
         return [metric.compute().moments for metric in merged]
-
-
-def gathered(share: Any, *, is_distributed: bool) -> list[Any]:
-    """Return what each process holds, in their order."""
-    shares = [share]
-    if is_distributed:
-        shares = shares * dist.get_world_size()
-        dist.all_gather_object(shares, share)
-    return shares
 
 
 def _joined(layers: list[Moments]) -> Moments:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch import distributed as dist
 
 from attn_callbacks.callbacks._host import to_host
+from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.metrics.importance import MOMENTS, HeadImportanceMetric, HeadImportanceResult, importance_result
 
 __all__ = ["GateSums"]
@@ -23,8 +21,7 @@ class GateSums:
     """
 
     def __init__(self, processes: int = 1) -> None:
-        # a run on one device may live in a process group of somebody else, who would not answer
-        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
+        self._is_distributed = are_connected(processes)
         self._layers: dict[str, HeadImportanceMetric] = {}
 
     def see(self, layer: str, heads: int, device: torch.device) -> None:
@@ -55,7 +52,9 @@ class GateSums:
         own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
         for metric in self._layers.values():
             metric.reset()
-        shares = self._from_all_processes((looked, failed, dict(zip(self._layers, own, strict=True))))
+        shares = from_all_processes(
+            (looked, failed, dict(zip(self._layers, own, strict=True))), is_distributed=self._is_distributed
+        )
         if any(failed for _, failed, _ in shares):
             raise RuntimeError("A process could not take in all of its gradients.")
         layers = dict.fromkeys(layer for *_, held in shares for layer in held)
@@ -68,10 +67,3 @@ class GateSums:
                 if layer in held:
                     row += F.pad(held[layer], (0, 0, 0, heads - len(held[layer])))
         return tuple(layers), importance_result(total)
-
-    def _from_all_processes(self, share: Any) -> list[Any]:
-        if not self._is_distributed:
-            return [share]
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, share)
-        return shares

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.metrics import HeadStatisticsMetric, HeadStatisticsResult
 
 __all__ = ["HeadSums"]
@@ -27,8 +28,7 @@ class HeadSums:
     """
 
     def __init__(self, processes: int = 1) -> None:
-        # a run on one device may live in a process group of somebody else, who would not answer
-        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
+        self._is_distributed = are_connected(processes)
         self._layers: dict[str, int] = {}
         self._metric: HeadStatisticsMetric | None = None
         self._agreed: tuple[int, int] | None = None  # numbers of layers and heads
@@ -89,10 +89,8 @@ class HeadSums:
 
     def _agree(self, device: torch.device) -> None:
         """Take over the layers of all processes, in the order of the processes, and the largest number of heads."""
-        shares: list[Any] = [(list(self._layers), self._size()[1])]
-        if self._is_distributed:
-            shares = shares * dist.get_world_size()
-            dist.all_gather_object(shares, shares[0])
+        own = list(self._layers), self._size()[1]
+        shares = from_all_processes(own, is_distributed=self._is_distributed)
         layers = dict.fromkeys(layer for names, _ in shares for layer in names)
         held, self._layers = self._layers, {name: number for number, name in enumerate(layers)}
         heads = max(heads for _, heads in shares)

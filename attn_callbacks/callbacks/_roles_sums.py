@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from attn_callbacks.callbacks._host import to_host
+from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.functional.patterns import PatternScores
 from attn_callbacks.metrics.roles import HeadRolesMetric, HeadRolesResult
 
@@ -24,8 +23,7 @@ class RoleSums:
     """
 
     def __init__(self, processes: int = 1) -> None:
-        # a run on one device may live in a process group of somebody else, who would not answer
-        self._is_distributed = processes > 1 and dist.is_available() and dist.is_initialized()
+        self._is_distributed = are_connected(processes)
         self._layers: dict[str, HeadRolesMetric] = {}
 
     def add(self, layer: str, scores: PatternScores) -> None:
@@ -56,7 +54,9 @@ class RoleSums:
         for metric in self._layers.values():
             metric.reset()
         pairs = zip(own[::2], own[1::2], strict=True)
-        shares = self._from_all_processes((failed, dict(zip(self._layers, pairs, strict=True)), dict(drift)))
+        shares = from_all_processes(
+            (failed, dict(zip(self._layers, pairs, strict=True)), dict(drift)), is_distributed=self._is_distributed
+        )
         if any(failed for failed, _, _ in shares):
             raise RuntimeError("A process could not measure all of its data.")
         layers = dict.fromkeys(layer for _, held, _ in shares for layer in held)
@@ -64,13 +64,6 @@ class RoleSums:
             return None
         found = _together(tuple(layers), [held for _, held, _ in shares])
         return found, _spread({layer: moved for _, _, known in shares for layer, moved in known.items()}, found)
-
-    def _from_all_processes(self, share: Any) -> list[Any]:
-        if not self._is_distributed:
-            return [share]
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, share)
-        return shares
 
 
 def _together(layers: tuple[str, ...], shares: list[dict[str, tuple[Tensor, Tensor]]]) -> HeadRolesResult:

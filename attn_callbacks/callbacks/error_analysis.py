@@ -19,11 +19,12 @@ from attn_callbacks.callbacks._error_outcome import Outcome, read_outcome, sampl
 from attn_callbacks.callbacks._error_pictures import effect_pictures, read_entry, sample_overlay, sample_picture
 from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSample, conclude_errors
 from attn_callbacks.callbacks._error_step import ErrorStep
-from attn_callbacks.callbacks._error_sums import ErrorSums, gathered
+from attn_callbacks.callbacks._error_sums import ErrorSums
 from attn_callbacks.callbacks._error_text import error_text
 from attn_callbacks.callbacks._frames import FRAMES, Frames, check_frames, frame_colours
 from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
+from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
 from attn_callbacks.capture import AttentionCall
@@ -114,7 +115,7 @@ class ErrorAnalysis(ValidationObserver):
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         check_frames(self.frames, trainer, type(self).__name__)
         self.result, self._has_logits = None, False
-        self._is_distributed = trainer.world_size > 1 and torch.distributed.is_initialized()
+        self._is_distributed = are_connected(trainer.world_size)
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._tokenizer = find_tokenizer(module, trainer)
 
@@ -199,7 +200,8 @@ class ErrorAnalysis(ValidationObserver):
         if found is None:
             return None
         layers, sums = found
-        counted = gathered(None if self._counts is None else self._counts.tolist(), is_distributed=self._is_distributed)
+        own = None if self._counts is None else self._counts.tolist()
+        counted = from_all_processes(own, is_distributed=self._is_distributed)
         samples = torch.tensor([count for count in counted if count is not None]).sum(dim=0)
         names = self._class_names(len(samples))
         statistics = (*STATISTICS, *(f"mass/{name}" for name in self.schema.token_sets))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from attn_callbacks._checks import at_least, name_list
 from attn_callbacks._lightning import Callback, rank_zero_warn
@@ -21,6 +20,7 @@ from attn_callbacks.callbacks._health_record import HealthRecord
 from attn_callbacks.callbacks._host import to_host
 from attn_callbacks.callbacks._layers import drawn_rows, known_tokens
 from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
+from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.callbacks._steps import StepTap, tap_step
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.callbacks._writer import BackgroundWriter
@@ -184,7 +184,8 @@ class TrainingHealth(ArgumentsOnly, Callback):
                 zip(self._vitals, to_host([each.to(trainer.strategy.root_device) for each in pooled]), strict=True)
             )
         self._vitals = {}
-        shares = _from_all_processes(trainer, (self._guard.off, own))
+        together = are_connected(trainer.world_size)
+        shares = from_all_processes((self._guard.off, own), is_distributed=together)
         with self._guard.block():
             if any(failed for failed, _ in shares):
                 self._ended = True  # on all processes at once: none may wait for one that has left
@@ -215,15 +216,6 @@ class TrainingHealth(ArgumentsOnly, Callback):
     def _give(self, trainer: Trainer, module: LightningModule) -> None:
         if self._recorder is not None and not trainer.sanity_checking:
             log_monitored(trainer, module, self._values(), logger=False)
-
-
-def _from_all_processes(trainer: Trainer, share: Any) -> list[Any]:
-    # a run on one device may live in a process group of somebody else, who would not answer
-    if trainer.world_size < 2 or not (dist.is_available() and dist.is_initialized()):
-        return [share]
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
-    return shares
 
 
 def _pooled(shares: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attn_callbacks.callbacks import _gate_sums
 from attn_callbacks.callbacks._gate_sums import GateSums
 from attn_callbacks.metrics.importance import HeadImportanceMetric, HeadImportanceResult
 
@@ -29,10 +30,10 @@ def over_processes(monkeypatch: pytest.MonkeyPatch, *processes: tuple[GateSums, 
     shares: list[Any] = []
     found: list[Found] = []
     for sums, looked, failed in processes:
-        monkeypatch.setattr(GateSums, "_from_all_processes", lambda _, share: shares.append(share) or [share])
+        monkeypatch.setattr(_gate_sums, "from_all_processes", lambda share, **_: shares.append(share) or [share])
         with suppress(RuntimeError):
             sums.conclude(CPU, looked=looked, failed=failed)
-    monkeypatch.setattr(GateSums, "_from_all_processes", lambda *_: shares)
+    monkeypatch.setattr(_gate_sums, "from_all_processes", lambda *_, **__: shares)
     for _ in processes:
         try:
             found.append(GateSums().conclude(CPU, looked=False, failed=False))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from attn_callbacks import HeadStatistics
+from attn_callbacks.callbacks import _gate_sums
 from attn_callbacks.callbacks._gate_sums import GateSums
 from tests.callbacks.board import events, raw_events
 from tests.callbacks.gating import Importance, Still, data, explicit, train
@@ -134,7 +135,7 @@ def test_statistics_outlive_an_exchange_that_failed(tmp_path: Path, monkeypatch:
 
 def test_a_process_that_failed_switches_all_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank zero is sound; the other process says that it failed."""
-    monkeypatch.setattr(GateSums, "_from_all_processes", lambda _, share: [share, (True, True, {})])
+    monkeypatch.setattr(_gate_sums, "from_all_processes", lambda share, **_: [share, (True, True, {})])
     callback = Importance()
     with pytest.warns(UserWarning, match="Importance is switched off .* A process could not take in all"):
         train(tmp_path, Still(), callback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from attn_callbacks import AttentionCall, HeadStatistics
-from attn_callbacks.callbacks import _gate_sums, _head_sums
+from attn_callbacks import (
+    AlignmentMonitor,
+    AttentionCall,
+    ErrorAnalysis,
+    HeadRoles,
+    HeadStatistics,
+    TrainingHealth,
+)
+from attn_callbacks.callbacks import _head_sums, _processes
 from attn_callbacks.callbacks._head_sums import HeadSums
 from tests.callbacks.models import Classifier, csv_logger, fit, quiet_trainer
 
@@ -93,11 +101,13 @@ class Foreign:
 def test_a_run_on_one_device_stays_out_of_a_process_group_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_head_sums, _gate_sums):
+    for module in (_head_sums, _processes):
         monkeypatch.setattr(module, "dist", Foreign)
-    statistics = HeadStatistics(importance_every_n_steps=1)
-    fit(Classifier(), quiet_trainer(tmp_path, [statistics], logger=csv_logger(tmp_path)))
-    assert statistics.result is not None
+    statistics, health = HeadStatistics(importance_every_n_steps=1), TrainingHealth(every_n_steps=1)
+    others = [HeadRoles(), ErrorAnalysis(), AlignmentMonitor(cross_only=False), health]
+    fit(Classifier(), quiet_trainer(tmp_path, [statistics, *others], logger=csv_logger(tmp_path)))
+    assert all(callback.result is not None for callback in [statistics, *others[:3]])
+    assert math.isfinite(health._lowest)
     assert statistics.importance is not None
     with pytest.raises(pytest.fail.Exception, match="waits for processes"):
         HeadSums(2).conclude(torch.device("cpu"), failed=False)

@@ -240,13 +240,13 @@ def test_attention_that_is_not_finite_is_told(tmp_path: Path) -> None:
 
 
 def test_two_processes_agree_on_the_largest_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def with_another(trainer: Any, share: Any) -> list[Any]:
+    def with_another(share: Any, **_: Any) -> list[Any]:
         failed, own = share
         other = {name: vitals.clone() for name, vitals in own.items()}
         other[NAMES[1]][1, VITALS.index("max_logit")] = 500.0
         return [share, (failed, other)]
 
-    monkeypatch.setattr(training_health, "_from_all_processes", with_another)
+    monkeypatch.setattr(training_health, "from_all_processes", with_another)
     health = watched(Scale(), tmp_path, batches=2)
     assert [(layer, alert.kind, alert.heads) for _, layer, alert in health.found] == [(NAMES[1], "max_logit", (1,))]
     assert health._highest == 500.0
@@ -255,11 +255,11 @@ def test_two_processes_agree_on_the_largest_score(tmp_path: Path, monkeypatch: p
 def test_a_process_that_failed_switches_all_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exchanges = []
 
-    def with_another(trainer: Any, share: Any) -> list[Any]:
+    def with_another(share: Any, **_: Any) -> list[Any]:
         exchanges.append(share)
         return [share, (len(exchanges) == 2, {})]
 
-    monkeypatch.setattr(training_health, "_from_all_processes", with_another)
+    monkeypatch.setattr(training_health, "from_all_processes", with_another)
     health = TrainingHealth(every_n_steps=1)
     with pytest.warns(UserWarning, match="switched off .* A process could not look at its step"):
         quiet_trainer(tmp_path, [health]).fit(Scale(), sentences(6))
@@ -272,7 +272,7 @@ def test_a_failure_here_is_told_to_the_others(tmp_path: Path, monkeypatch: pytes
     def broken(*_: Any) -> None:
         raise MemoryError("full")
 
-    monkeypatch.setattr(training_health, "_from_all_processes", lambda _, share: exchanges.append(share) or [share])
+    monkeypatch.setattr(training_health, "from_all_processes", lambda share, **_: exchanges.append(share) or [share])
     monkeypatch.setattr(TrainingHealth, "_measure", broken)
     with pytest.warns(UserWarning, match="MemoryError: full"):
         quiet_trainer(tmp_path, [TrainingHealth(every_n_steps=1)]).fit(Scale(), sentences(4))
