@@ -11,7 +11,8 @@ from torch import Tensor
 
 __all__ = ["BatchSchema"]
 
-Reader = Callable[[Any], Any] | int | str | None
+# plain values first: what writes a configuration takes the first kind that fits
+Reader = int | str | Callable[[Any], Any] | None
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "inputs": ("inputs", "input_ids", "pixel_values", "images", "image", "input_values", "input_features", "x"),

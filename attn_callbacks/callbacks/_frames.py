@@ -47,8 +47,7 @@ def frame_colours(frames: Frames, trainer: Trainer, heads: Sequence[tuple[str, i
         return cluster_colours(np.full(len(heads), -1))
     layers = {name: row.tolist() for name, row in zip(found.layer_names, found.labels, strict=True)}
     labels = [layer[head] if head < len(layer := layers.get(name, [])) else -1 for name, head in heads]
-    most = int(found.labels.max())  # so that a cluster has one colour in all layers
-    return cluster_colours(np.array([*labels, most]))[:-1]
+    return cluster_colours(np.array(labels))
 
 
 def _clustering(trainer: Trainer) -> HeadRoles | None:

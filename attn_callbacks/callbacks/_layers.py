@@ -21,11 +21,11 @@ def known_tokens(call: AttentionCall, valid: Tensor | None) -> AttentionCall:
 
     Args:
         call: Any call.
-        valid: ``(samples, tokens)`` from the batch; ignored where it cannot be about this call's tokens. Causal
-            attention may be that of a decoder over tokens of its own.
+        valid: ``(samples, tokens)`` from the batch; ignored where it cannot be about this call's tokens, as in a
+            decoder behind an encoder.
     """
     batch, _, queries, keys = call.shape
-    if valid is None or call.is_cross or call.is_causal or queries != keys or valid.shape != (batch, queries):
+    if valid is None or call.is_cross or call.is_decoder or queries != keys or valid.shape != (batch, queries):
         return call
     valid = valid.to(call.device)
     return call.with_valid(call.query_valid & valid, call.key_valid & valid)

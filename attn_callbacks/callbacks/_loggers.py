@@ -91,12 +91,17 @@ def log_numbers(trainer: Trainer, scalars: Mapping[str, float]) -> None:
 
 
 def log_text(trainer: Trainer, tag: str, text: str) -> None:
-    """Write Markdown text to the loggers that take some. Call it on rank zero."""
+    """Write Markdown text to every logger, or into ``<tag>.md`` of its folder if it takes none. On rank zero."""
     for logger in _loggers(trainer):
         if hasattr(logger.experiment, "add_text"):
             logger.experiment.add_text(tag, text, trainer.global_step)
         elif hasattr(logger, "log_text"):
             logger.log_text(key=tag, columns=["text"], data=[[text]], step=trainer.global_step)
+        elif getattr(logger, "log_dir", None) is not None:
+            path = Path(logger.log_dir, f"{tag}.md")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(f"# Step {trainer.global_step}\n\n{text}\n\n")
 
 
 def _loggers(trainer: Trainer) -> list[Any]:

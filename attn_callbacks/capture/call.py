@@ -35,6 +35,7 @@ class AttentionCall(CallStatistics):
         name: Path of the module in which attention was called, such as ``encoder.layer.3.attention.self``.
         index: This is the n-th call of that module within one forward of the model, counted from zero.
         is_cross: Queries and keys come from different sequences.
+        is_decoder: Self-attention of a decoder behind an encoder: over tokens of its own, not those of the encoder.
         query: Queries as the kernel received them, after projection, normalisation and rotation.
         key: Keys; under grouped-query attention with fewer heads than ``query``.
         value: Values; ``None`` where they were not seen.
@@ -73,6 +74,7 @@ class AttentionCall(CallStatistics):
     name: str
     index: int = 0
     is_cross: bool = False
+    is_decoder: bool = False
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from attn_callbacks.capture import listening
 from attn_callbacks.capture.call import AttentionCall
 from attn_callbacks.capture.compiled import run_eagerly
+from attn_callbacks.capture.decoders import Decoders
 from attn_callbacks.capture.scope import ModuleScope
 from attn_callbacks.capture.selection import check_found, checked_layers, checked_model, is_selected
 from attn_callbacks.capture.sites import AttentionSites
@@ -75,6 +76,7 @@ class AttentionRecorder:
         self.on_call = on_call
         self._kept: list[tuple[int, AttentionCall]] = []
         self._seen: dict[str, None] = {}  # an ordered set
+        self._decoders = Decoders(self.model)
         self._sites: AttentionSites | None = None
         self._scope: ModuleScope | None = None
         self._exit: ExitStack | None = None
@@ -92,7 +94,7 @@ class AttentionRecorder:
     def __enter__(self) -> AttentionRecorder:
         if self._exit is not None:
             raise RuntimeError("`AttentionRecorder` is already recording; make a second one to nest.")
-        self._kept, self._seen = [], {}
+        self._kept, self._seen, self._decoders = [], {}, Decoders(self.model)
         self._scope = ModuleScope(self.model, self._deliver)
         self._sites = AttentionSites(self._scope, self._add, listening.is_paused)
         with ExitStack() as stack:
@@ -129,6 +131,7 @@ class AttentionRecorder:
 
     def _deliver(self, order: int, call: AttentionCall) -> None:
         self._seen.setdefault(call.name)
+        call = self._decoders.told(call)
         if not is_selected(call.name, self.layers):
             return
         if self.on_call is None:

@@ -19,6 +19,7 @@ __all__ = ["cluster_colours", "cluster_layout", "cluster_matrix"]
 NONE = (176, 180, 184)  # a head without a cluster
 STRIP, TREE, LABEL_ROOM, LINE = 10, 120, 80, 13
 MOST = 1008  # pixels of a matrix, as long as a cell keeps two of them: 6 x 12 heads have their names
+MOST_NAMES = 300  # heads in a plane; no name of more would find room
 PLANE, RADIUS = 560, 5
 
 
@@ -144,7 +145,7 @@ def cluster_layout(
         if y >= 0:
             _dot(canvas, y, x, colour)
             taken[y - RADIUS : y + RADIUS + 1, x - RADIUS : x + RADIUS + 1] = True
-    for (y, x), text in zip(spots, texts, strict=True):
+    for (y, x), text in zip(spots, texts, strict=True) if len(texts) <= MOST_NAMES else ():
         if y >= 0:
             _name(canvas, taken, y, x, text)
     return Picture(canvas.pixels)
@@ -212,6 +213,8 @@ def _check_matrix(
         raise ValueError(f"`distances` must have shape (heads, heads), got {distances.shape}.")
     if np.shape(linkage) != (heads - 1, 4):
         raise ValueError(f"`linkage` must have shape (heads - 1, 4) = {(heads - 1, 4)}, got {np.shape(linkage)}.")
+    if not np.isfinite(linkage).all():
+        raise ValueError("`linkage` must hold finite numbers. Leave out heads whose distances are not known.")
     if sorted(order.tolist()) != list(range(heads)):
         raise ValueError(f"`order` must name each of the {heads} heads once, got {order.tolist()}.")
     for name, given in (("labels", labels), ("names", names)):

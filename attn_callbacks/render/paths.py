@@ -63,7 +63,8 @@ def token_paths(
         >>> token_paths(*steps, labels=["good", "film"], count=2).png()[:4]
         b'\x89PNG'
     """
-    tokens, heads, weights = np.asarray(tokens), np.asarray(heads), np.asarray(weights, np.float64)
+    tokens, heads = np.asarray(tokens), np.asarray(heads)
+    weights = np.nan_to_num(np.asarray(weights, np.float64), posinf=0.0, neginf=0.0)
     check_axes("tokens", tokens, 2)
     paths, nodes = tokens.shape
     if heads.shape != (paths, nodes - 1) or weights.shape != (paths,) or not tokens.size:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from attn_callbacks._checks import check_axes
 from attn_callbacks.render.canvas import GREY, MARGIN, SMALL, Canvas, widest
 from attn_callbacks.render.layers import shared_path, short_layer_names
-from attn_callbacks.render.layout import MAX_WIDTH
+from attn_callbacks.render.layout import MAX_HEIGHT, MAX_WIDTH
 from attn_callbacks.render.matrix import draw_cells, fits
 from attn_callbacks.render.palettes import head_colours
 from attn_callbacks.render.picture import Picture
@@ -104,8 +104,15 @@ def role_grid(
         ]
     caption = "rows: layers" + (f" {shared}" if shared else "") + ", columns: heads"
     columns = [str(head) for head in range(labels.shape[1])]
-    cell = CELL if strength is not None else LOW_CELL
+    cell = _cell(labels.shape, CELL if strength is not None else LOW_CELL)
     return _drawn(labels, names, sure, texts, (rows, columns, "head"), cell, (title, caption))
+
+
+def _cell(shape: tuple[int, ...], largest: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of a cell that leave many layers and heads on a page."""
+    layers, heads = shape
+    room = MAX_WIDTH - 2 * MARGIN - LABEL_ROOM
+    return min(largest[0], max(3, MAX_HEIGHT // layers)), min(largest[1], max(3, room // heads))
 
 
 def role_timeline(
@@ -140,7 +147,8 @@ def role_timeline(
     labels = _checked(labels, names, ("heads", heads))
     if len(epochs) != labels.shape[1]:
         raise ValueError(f"`epochs` must hold one entry per column ({labels.shape[1]}), got {len(epochs)}.")
-    room = MAX_WIDTH - 2 * MARGIN - 8 - widest([*heads, "epoch"], SMALL, LABEL_ROOM)
+    told = [*heads[:MOST_ROWS], "epoch"]
+    room = MAX_WIDTH - 2 * MARGIN - 8 - widest(told, SMALL, LABEL_ROOM)
     cell = LOW_CELL[0], max(4, min(LOW_CELL[1], room // labels.shape[1]))
     last = slice(-(room // cell[1]), None)
     labels, epochs = labels[:MOST_ROWS, last], epochs[last]
@@ -189,9 +197,9 @@ def _draw_edges(
     canvas: Canvas, corner: tuple[int, int], edges: tuple[list[str], list[str], str], cell: tuple[int, int]
 ) -> None:
     (top, left), (rows, columns, what) = corner, edges
-    for row, name in enumerate(rows):
+    for row in range(0, len(rows), -(-13 // cell[0])):
         place = top + row * cell[0] + (cell[0] - 15) // 2
-        canvas.text(place, MARGIN, name, width=left - MARGIN - 8, align="right")
+        canvas.text(place, MARGIN, rows[row], width=left - MARGIN - 8, align="right")
     canvas.text(top - LINE + 1, MARGIN, what, width=left - MARGIN - 8, align="right", colour=GREY)
     every = -(-(widest(columns, SMALL, 60) + 6) // cell[1])
     for column in range(0, len(columns), every):

@@ -183,10 +183,15 @@ def test_known_padding_joins_what_the_mask_shows() -> None:
     assert known_tokens(call(mask), None).key_valid.tolist() == mask.tolist()
 
 
-@pytest.mark.parametrize("options", [{"is_cross": True}, {"is_causal": True}])
+@pytest.mark.parametrize("options", [{"is_cross": True}, {"is_decoder": True, "is_causal": True}])
 def test_known_padding_is_not_that_of_a_decoder(options: dict[str, bool]) -> None:
     batch = torch.tensor([[True, True, False], [True, True, True]])
     assert known_tokens(call(**options), batch).key_valid.all()
+
+
+def test_known_padding_counts_in_a_decoder_alone() -> None:
+    batch = torch.tensor([[True, True, False], [True, True, True]])
+    assert known_tokens(call(is_causal=True), batch).key_valid.tolist() == batch.tolist()
 
 
 def test_known_padding_of_another_length_is_ignored() -> None:

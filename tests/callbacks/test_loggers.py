@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attn_callbacks import AttentionHeatmaps, BiasMonitor, HeadStatistics
+from attn_callbacks import (
+    AttentionHeatmaps,
+    BiasMonitor,
+    ErrorAnalysis,
+    HeadImportance,
+    HeadRoles,
+    HeadStatistics,
+    TrainingHealth,
+)
 from attn_callbacks.callbacks._loggers import run_folder
-from attn_callbacks.functional import STATISTICS
+from attn_callbacks.functional import STATISTICS, HealthThresholds
 from tests.callbacks.board import events, watchers
 from tests.callbacks.models import (
     LAYERS,
@@ -147,3 +155,17 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="`HeadStatistics` is switched off.*OSError: No space left"):
         fit(Classifier(), trainer)
     assert trainer.current_epoch == 1
+
+
+def test_texts_are_kept_by_loggers_that_take_none(tmp_path: Path) -> None:
+    roles = HeadRoles(clusters=False, margin=0.0)
+    health = TrainingHealth(every_n_steps=1, thresholds=HealthThresholds(max_logit=1e-6))
+    trainer = quiet_trainer(tmp_path, [HeadImportance(batches=1), ErrorAnalysis(samples=1), roles, health],
+                            logger=[csv_logger(tmp_path), board_logger(tmp_path)], max_epochs=2)  # fmt: skip
+    with pytest.warns(UserWarning, match="max logit"):
+        fit(Classifier(), trainer)
+    kept = {path.relative_to(tmp_path / "run").as_posix() for path in tmp_path.glob("run/**/*.md")}
+    assert kept >= {"errors/differences.md", "health/alert.md", "importance/summary.md"}
+    text = (tmp_path / "run" / "errors" / "differences.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("# Step")] == ["# Step 4", "# Step 8"]
+    assert not list(tmp_path.glob("board/**/*.md"))

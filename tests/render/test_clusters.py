@@ -114,3 +114,10 @@ def test_a_layout_of_other_shapes_is_refused() -> None:
         cluster_layout(np.zeros((3, 3)), np.zeros(3, int))
     with pytest.raises(ValueError, match="one entry per head"):
         cluster_layout(np.zeros((3, 2)), np.zeros(3, int), names=["a"])
+
+
+def test_a_tree_that_is_not_known_is_refused():
+    tree = TREE.copy()
+    tree[0, 2] = np.nan
+    with pytest.raises(ValueError, match="`linkage` must hold finite numbers"):
+        cluster_matrix(DISTANCES, LABELS, tree, ORDER)

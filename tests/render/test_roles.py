@@ -115,3 +115,12 @@ def test_what_does_not_fit_is_refused() -> None:
         role_grid(np.array([[0]]), NAMES, layer_labels=["a", "b"])
     with pytest.raises(ValueError, match=r"`epochs` must hold one entry per column \(2\), got 1"):
         role_timeline(np.array([[0, 1]]), NAMES, heads=["a"], epochs=[0])
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (1, 400), (300, 2)])
+def test_many_layers_and_heads_stay_on_a_page(shape):
+    labels = np.zeros(shape, np.int64)
+    names = [f"model.decoder.layers.{layer}.self_attn" for layer in range(shape[0])]
+    picture = role_grid(labels, ROLE_LABELS, strength=np.ones(shape), layer_labels=names)
+    assert picture.width <= 1700
+    assert picture.height <= 2500
