@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ _POSITIONS = {"inputs": 0, "target": 1}
 class BatchSchema:
     """Say where the parts of a batch are; every callback takes one as ``schema=``.
 
-    Each field is a key of a dict batch, a position of a tuple batch, or a function of the batch; ``None`` looks at the
-    usual places: ``(x, y)`` batches and the dict batches of Hugging Face tokenizers and image processors.
+    Each field is a key of a dict batch, a position of a tuple batch, or a function of the batch, which a configuration
+    file gives by its path (``"project.data.read_group"``); ``None`` looks at the usual places: ``(x, y)`` batches and
+    the dict batches of Hugging Face tokenizers and image processors.
 
     Args:
         inputs: What the model receives.
@@ -98,7 +101,7 @@ class BatchSchema:
         if field not in _KEYS and field not in self.sets:
             known = ", ".join(map(repr, self.token_sets))
             raise KeyError(f"The batch schema has no token set {field!r} ({known}). Name it: BatchSchema(sets=...).")
-        reader = self.sets[field] if field in self.sets else getattr(self, field)
+        reader = _resolved(self.sets[field] if field in self.sets else getattr(self, field))
         if reader is None:
             return None if field in self.sets else _usual(field, batch)
         if callable(reader):
@@ -117,11 +120,12 @@ class BatchSchema:
 
     def step_logits(self, output: Any, forwarded: Sequence[Any] = ()) -> Tensor | None:
         """Find logits ``(samples, classes)`` in a step's output, else among what modules returned, the last first."""
-        if callable(self.logits):
-            found = self.logits(output)
+        reader = _resolved(self.logits)
+        if callable(reader):
+            found = reader(output)
             return found if isinstance(found, Tensor) else None
-        if self.logits is not None:
-            return _tensor(_part(output, self.logits))
+        if reader is not None:
+            return _tensor(_part(output, reader))
         found = _tensor(_part(output, "logits"))
         return self.forward_logits(forwarded) if found is None else found
 
@@ -132,6 +136,21 @@ class BatchSchema:
             if found is not None:
                 return found
         return next((f for f in reversed(forwarded) if isinstance(f, Tensor) and f.ndim == 2), None)
+
+
+def _resolved(reader: Reader) -> Reader:
+    """Return the function that a dotted path names, which is how a configuration file gives one; else ``reader``."""
+    return _function(reader) or reader if isinstance(reader, str) and "." in reader else reader
+
+
+@cache
+def _function(path: str) -> Callable[[Any], Any] | None:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name, None)
+    except (ImportError, ValueError):
+        return None
+    return found if callable(found) else None
 
 
 def _named(field: str, reader: int | str, batch: Any) -> Any:

@@ -189,3 +189,16 @@ def test_sets_must_not_take_the_names_of_fields() -> None:
         BatchSchema(sets={"spurious": "mask"})
     with pytest.raises(TypeError, match="`sets` must map names"):
         BatchSchema(sets=["names"])
+
+
+def test_a_function_may_be_named_by_its_path() -> None:
+    batch = {"y": torch.tensor([1, 2]), "text.ids": torch.tensor([[3, 4], [5, 6]])}
+    schema = BatchSchema(group="tests.test_batch.doubled", tokens="text.ids", target="y")
+    assert schema.read("group", batch).tolist() == [2, 4]
+    assert schema.read("tokens", batch) is batch["text.ids"]  # no such module: a key with a dot in it
+    with pytest.raises(KeyError, match=r"`group` reads 'tests\.test_batch\.nothing' of the batch"):
+        BatchSchema(group="tests.test_batch.nothing").read("group", batch)
+
+
+def doubled(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return 2 * batch["y"]

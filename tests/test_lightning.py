@@ -112,7 +112,7 @@ def read_group(batch: Any) -> torch.Tensor:
     return batch["group"]
 
 
-def run_cli(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str = YAML) -> Any:
+def run_cli(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str = YAML, save: bool = False) -> Any:
     package, cli = importlib.import_module(name), importlib.import_module(f"{name}.cli")
 
     class Module(ClassifierSteps, package.LightningModule):
@@ -129,7 +129,7 @@ def run_cli(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, text: str 
     config = folder / "config.yaml"
     config.write_text(text.format(name=name, folder=folder))
     monkeypatch.setattr(sys, "argv", ["fit.py", "fit", "--config", str(config)])
-    return cli.LightningCLI(Module, Data, save_config_callback=None)
+    return cli.LightningCLI(Module, Data, **({} if save else {"save_config_callback": None}))
 
 
 @both
@@ -145,6 +145,15 @@ def test_command_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert monitor.report.group_names == ("group 0", "group 1", "group 2", "group 3")
     assert [type(feedback).__name__ for feedback in monitor.feedback] == ["ClassReweighting", "AttentionGuidance"]
     assert monitor.feedback[1].coefficient == 0.5
+
+
+@both
+def test_a_saved_configuration_is_that_of_the_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_cli(name, tmp_path, monkeypatch, save=True)
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "Unable to serialize" not in saved
+    assert "valid: attention_mask" in saved
+    assert "group: tests.test_lightning.read_group" in saved
 
 
 @both
