@@ -13,17 +13,16 @@ from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES
 from attn_callbacks.metrics.alignment import AlignmentResult
 from attn_callbacks.render import Picture, layer_head_grid
 
-__all__ = ["MONITORED", "alignment_scalars", "append_alignment", "quantity_pictures"]
+__all__ = ["GOLD_TAGS", "SHAPE_TAGS", "alignment_scalars", "append_alignment", "quantity_pictures"]
 
 _GOLD = ("error_rate", "precision", "recall")
 _SHAPE = ("monotonicity", "coverage", "coverage_deviation", "confidence")
 
-MONITORED: tuple[str, ...] = (
-    *(f"alignment/{name}" for name in _GOLD),
-    "alignment/error_rate_layer",
-    *(f"alignment/{name}_mean" for name in _SHAPE),
-)
-"""Tags of all numbers; those that need gold links come first."""
+GOLD_TAGS: tuple[str, ...] = (*(f"alignment/{name}" for name in _GOLD), "alignment/error_rate_layer")
+"""Tags of the numbers that need gold links."""
+
+SHAPE_TAGS: tuple[str, ...] = tuple(f"alignment/{name}_mean" for name in _SHAPE)
+"""Tags of the others."""
 
 _COLUMNS = ("epoch", "step", "layer", "head", "quantity", "value", "standard_error")
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attn_callbacks.callbacks._guard import message
 from attn_callbacks.callbacks._host import to_host
 from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES
@@ -33,12 +36,12 @@ class AlignmentSums:
             self._layers[layer] = AlignmentMetric(1, weights.shape[1], self._method).to(weights.device)
         self._layers[layer].update(0, weights, **gold)
 
-    def conclude(self, device: torch.device, *, failed: bool) -> AlignmentResult | None:
+    def conclude(self, device: torch.device, *, failure: str | None) -> AlignmentResult | None:
         """Return what all processes measured together, and start anew. Every process must call it.
 
         Args:
             device: Where this process computes.
-            failed: This process could not measure all of its data.
+            failure: Why this process could not measure all of its data, if so.
 
         Returns:
             The same on all processes, on the CPU; ``None`` if none saw a layer.
@@ -46,21 +49,36 @@ class AlignmentSums:
         Raises:
             RuntimeError: On all processes, if one of them failed: half a result would be taken for a whole one.
         """
-        own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
-        for metric in self._layers.values():
-            metric.reset()
-        shares = from_all_processes(
-            (failed, dict(zip(self._layers, own, strict=True))), is_distributed=self._is_distributed
-        )
-        if any(failed for failed, _ in shares):
-            raise RuntimeError("A process could not measure all of its data.")
-        layers = dict.fromkeys(layer for _, held in shares for layer in held)
-        if not layers:
-            return None
-        heads = max(len(moments) for _, held in shares for moments in held.values())
-        total = torch.zeros(len(layers), heads, len(ALIGNMENT_QUANTITIES), MOMENTS, dtype=torch.float64)
-        for row, layer in zip(total, layers, strict=True):
-            for _, held in shares:
-                if layer in held:
-                    row += F.pad(held[layer], (0, 0, 0, 0, 0, heads - len(held[layer])))
-        return alignment_result(total, tuple(layers))
+        own: dict[str, Tensor] = {}
+        try:
+            own = self._taken(device)
+        except Exception as error:  # noqa: BLE001  # the others wait for this process
+            failure = failure or f"{type(error).__name__}: {message(error)}"
+        told = from_all_processes((failure, own), is_distributed=self._is_distributed)
+        for failed, _ in told:
+            if failed is not None:
+                raise RuntimeError(f"A process could not measure all of its data. {failed}")
+        return _concluded([held for _, held in told])
+
+    def _taken(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the sums of each layer on the host, and start anew."""
+        try:
+            own = to_host([metric.moments[0].to(device) for metric in self._layers.values()])
+            return dict(zip(self._layers, own, strict=True))
+        finally:
+            for metric in self._layers.values():
+                metric.reset()
+
+
+def _concluded(shares: Sequence[Mapping[str, Tensor]]) -> AlignmentResult | None:
+    """Add up what the processes hold, by the name of the layer."""
+    layers = dict.fromkeys(layer for held in shares for layer in held)
+    if not layers:
+        return None
+    heads = max(len(moments) for held in shares for moments in held.values())
+    total = torch.zeros(len(layers), heads, len(ALIGNMENT_QUANTITIES), MOMENTS, dtype=torch.float64)
+    for row, layer in zip(total, layers, strict=True):
+        for held in shares:
+            if layer in held:
+                row += F.pad(held[layer], (0, 0, 0, 0, 0, heads - len(held[layer])))
+    return alignment_result(total, tuple(layers))

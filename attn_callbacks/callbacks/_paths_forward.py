@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attn_callbacks.analysis._quiet import undisturbed
 from attn_callbacks.callbacks._forward import ForwardCall
 from attn_callbacks.callbacks._substitute import substitute
 from attn_callbacks.capture.compiled import run_eagerly
@@ -29,11 +30,6 @@ class SampleForward(ForwardCall):
 
     def __init__(self, module: nn.Module, inputs: Tensor) -> None:
         super().__init__(module, inputs, trace=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs live."""
-        return self._inputs.device
 
     def first(self, count: int, samples: int) -> Any:
         """Return what the call returns for the first ``count`` of ``samples``. Call it inside `differentiable`.
@@ -61,11 +57,30 @@ class SampleForward(ForwardCall):
 
 
 @contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
-    """Leave the mode of validation for a while; numbers drawn meanwhile are given back to the global generators."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices):
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation, with gradients, for a while.
+
+    Its modes, its buffers and the global random generators are afterwards as they were.
+
+    Args:
+        module: The module.
+    """
+    with undisturbed(module), torch.enable_grad(), _other_buffers(module):
         yield
+
+
+@contextmanager
+def _other_buffers(module: nn.Module) -> Iterator[None]:
+    """Let a module work on copies of its buffers; what it counts or averages in them is not kept."""
+    own = [(part, name, found) for part in module.modules() for name, found in part._buffers.items()]
+    copies = {id(found): found.detach().clone() for _, _, found in own if found is not None}  # shared ones stay shared
+    try:
+        for part, name, found in own:
+            part._buffers[name] = None if found is None else copies[id(found)]
+        yield
+    finally:
+        for part, name, found in own:
+            part._buffers[name] = found
 
 
 def _tensors(whole: Any) -> list[Tensor]:

@@ -68,7 +68,7 @@ class GradientMaps:
         if forward is None:
             return [], []
         before = self._logits(forward.outputs)
-        with differentiable(forward.device):
+        with differentiable(self._module):
             calls, output = self._again(forward, batch, count)
             scores = _class_scores(_same(self._logits([output]), before, count), calls, self._token)
             targets = self._targets(scores, batch)
@@ -116,30 +116,26 @@ class GradientMaps:
         return torch.full_like(predicted, int(self._target))
 
 
-def token_position(real: Tensor, token: int) -> int:
-    """Return the position of the n-th real token; negative numbers count from the last.
+def token_position(real: Tensor, token: int) -> int | None:
+    """Return the position of the n-th real token, ``None`` if there are fewer; negative numbers count from the last.
 
     Args:
         real: ``True`` for real tokens, ``(positions,)``.
         token: Its number.
-
-    Raises:
-        ValueError: If there are fewer tokens.
     """
     places: list[int] = real.nonzero()[:, 0].tolist()
-    if not -len(places) <= token < len(places):
-        raise ValueError(f"`token` is {token}, and a sample has {len(places)} tokens.")
-    return places[token]
+    return places[token] if -len(places) <= token < len(places) else None
 
 
 def _same(logits: Tensor, before: Tensor, count: int) -> Tensor:
     """Return the logits if they are those of the step, up to what another precision or kernel makes of them."""
-    own, expected = logits.detach().float(), before[:count].detach().float()
+    # a sample of padding alone may have no logits, and is no reason to believe or refuse the others
+    own, expected = (found.detach().float().nan_to_num(0.0, 0.0, 0.0) for found in (logits, before[:count]))
     if own.shape != expected.shape or float((own - expected).abs().max()) > 0.05 * float(expected.abs().max()) + 1e-3:
         raise ValueError(
             "The network gives other logits for the first samples alone than within their batch, so it cannot be "
-            "explained on them: samples depend on one another, it draws numbers in evaluation, or its forward gets a "
-            "tensor that has a row for every sample by chance only."
+            "explained on them: samples depend on one another, the step did not run in evaluation, it draws numbers "
+            "there, or its forward gets a tensor that has a row for every sample by chance only."
         )
     return logits
 
@@ -150,7 +146,7 @@ def _class_scores(logits: Tensor, calls: Sequence[AttentionCall], token: int | N
         own = next((call for call in calls if not call.is_cross and call.shape[2] == logits.shape[1]), None)
         if token is None or own is None:
             raise ValueError("Every token has logits. Say with `token` whose are explained.")
-        places = [token_position(real, token) for real in own.query_valid]
+        places = [token_position(real, token) or 0 for real in own.query_valid.cpu()]  # who lacks it is left out later
         return logits[torch.arange(len(logits), device=logits.device), places]
     if logits.ndim == 1 or logits.shape[1] == 1:
         positive = logits.reshape(-1, 1)

@@ -13,7 +13,7 @@ from attn_callbacks.callbacks._layers import maps_per_sample
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.capture.naming import call_name
 
-__all__ = ["LayerMaps", "SampleMaps", "check_size", "one_stack", "read_layer"]
+__all__ = ["LayerMaps", "SampleMaps", "check_size", "one_stack", "read_layer", "sample_maps"]
 
 
 class LayerMaps(NamedTuple):
@@ -25,6 +25,7 @@ class LayerMaps(NamedTuple):
         maps: Of each sample, ``(heads, tokens, tokens)``, without padding.
         gradients: The same of the gradients, if there are any.
         real: Of each sample, which of the sequence's positions are shown, ``(positions,)``.
+        is_decoder: Its tokens are a decoder's own, not those of the batch's inputs.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerMaps(NamedTuple):
     maps: Sequence[Tensor] = ()
     gradients: Sequence[Tensor] = ()
     real: Sequence[Tensor] = ()
+    is_decoder: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class SampleMaps:
     maps: list[Tensor]
     gradients: list[Tensor]
     real: Tensor
+    is_decoder: bool = False
 
 
 def read_layer(
@@ -68,7 +71,8 @@ def read_layer(
     shown: Tensor | None = copies.pop() if real else None
     # maps that are not square are left whole, for the one who refuses them
     cut = copies if shown is None else [_without_padding(maps, shown[n % count]) for n, maps in enumerate(copies)]
-    return LayerMaps(call_name(call), False, cut[:count], cut[count:], () if shown is None else list(shown))
+    rows = () if shown is None else list(shown)
+    return LayerMaps(call_name(call), False, cut[:count], cut[count:], rows, call.is_decoder)
 
 
 def check_size(call: AttentionCall, samples: int | None, most: int) -> None:
@@ -101,6 +105,24 @@ def one_stack(layers: Sequence[LayerMaps], *, chosen: bool) -> list[LayerMaps]:
     if len(stack) > 1 and _shared(stack[-1].name, layers[crosses[0]].name) > _shared(stack[-1].name, stack[-2].name):
         stack.pop()
     return stack
+
+
+def sample_maps(stack: Sequence[LayerMaps], place: int) -> SampleMaps:
+    """Return the maps of one sample.
+
+    Args:
+        stack: The layers that follow one another.
+        place: Its place in the batch.
+
+    Raises:
+        ValueError: If there are no layers.
+    """
+    if not stack:
+        raise ValueError("No self-attention was seen whose layers follow one another. Name its `layers`.")
+    real = stack[0].real[place] if stack[0].real else stack[0].maps[place].new_ones(stack[0].maps[place].shape[-1])
+    maps = [layer.maps[place] for layer in stack]
+    gradients = [layer.gradients[place] for layer in stack if layer.gradients]
+    return SampleMaps(maps, gradients, real.bool(), stack[0].is_decoder)
 
 
 def _without_padding(maps: Tensor, real: Tensor) -> Tensor:

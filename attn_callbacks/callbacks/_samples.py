@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from attn_callbacks.batch import BatchSchema
 
-__all__ = ["Sample", "find_tokenizer", "patch_grid", "read_samples"]
+__all__ = ["Sample", "find_tokenizer", "patch_grid", "place_names", "read_samples", "sample_grid"]
 
 _PREFIXES = (1, 0, 2, 5)
 """Tokens before the patches: a class token, none, class and distillation, class and four registers."""
@@ -45,14 +46,17 @@ class Sample:
 
 def read_samples(schema: BatchSchema, batch: Any, tokenizer: Any, most: int) -> list[Sample]:
     """Return the first ``most`` samples of a batch."""
+    count = min(schema.size(batch) or 0, most)
     tokens, image = schema.read("tokens", batch), schema.read("image", batch)
+    texts = None if tokens is None else _texts(tokens, count, tokenizer)
+    pixels = image[:count].cpu() if isinstance(image, Tensor) else image  # at once, and not one by one
     return [
         Sample(
             number=position,
-            tokens=None if tokens is None else _texts(tokens[position], tokenizer),
-            image=None if image is None else _pixels(image[position]),
+            tokens=None if texts is None else texts[position],
+            image=None if pixels is None else _pixels(pixels[position]),
         )
-        for position in range(min(schema.size(batch) or 0, most))
+        for position in range(count)
     ]
 
 
@@ -75,14 +79,38 @@ def patch_grid(tokens: int, height_over_width: float) -> tuple[int, int, int] | 
 
 def find_tokenizer(module: Any, trainer: Any) -> Any:
     """Return the ``tokenizer`` of the module or else of the data module, ``None`` if neither has one."""
-    owners = (module, getattr(trainer, "datamodule", None))
-    return next((found for owner in owners if (found := getattr(owner, "tokenizer", None)) is not None), None)
+    for owner in (module, getattr(trainer, "datamodule", None)):
+        with suppress(Exception):  # a property may not be ready yet, and texts are no reason to end a run
+            if (found := getattr(owner, "tokenizer", None)) is not None:
+                return found
+    return None
 
 
-def _texts(tokens: Tensor | Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    if not isinstance(tokens, Tensor):
-        return tuple(map(str, tokens))
-    ids = tokens.tolist()
+def sample_grid(sample: Sample, real: Tensor) -> tuple[int, int, int] | None:
+    """Return rows, columns and class tokens of the patches of an image, if that is what the tokens are."""
+    if sample.image is None or not bool(real.all()):
+        return None
+    return patch_grid(len(real), sample.image.shape[0] / sample.image.shape[1])
+
+
+def place_names(grid: tuple[int, int, int] | None, real: Tensor) -> list[str]:
+    """Name tokens that have no text: by row and column, or by number."""
+    if grid is None:
+        return [str(place) for place in real.nonzero()[:, 0].tolist()]
+    rows, columns, prefix = grid
+    ahead = ["class"] if prefix == 1 else [f"class {number}" for number in range(prefix)]
+    return [*ahead, *(f"{row},{column}" for row in range(rows) for column in range(columns))]
+
+
+def _texts(tokens: Tensor | Sequence[Any], count: int, tokenizer: Any) -> list[tuple[str, ...]]:
+    """Return the texts of the first samples; the ids of a batch are copied at once."""
+    if isinstance(tokens, Tensor):
+        return [_named(ids, tokenizer) for ids in tokens[:count].tolist()]
+    rows = [tokens[position] for position in range(count)]
+    return [_named(row.tolist(), tokenizer) if isinstance(row, Tensor) else tuple(map(str, row)) for row in rows]
+
+
+def _named(ids: list[int], tokenizer: Any) -> tuple[str, ...]:
     if hasattr(tokenizer, "convert_ids_to_tokens"):
         return tuple(map(str, tokenizer.convert_ids_to_tokens(ids)))
     return tuple(map(str, ids))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +14,17 @@ from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._agreed import log_monitored
 from attn_callbacks.callbacks._alignment_batch import LinkedBatch, LinkReader
-from attn_callbacks.callbacks._alignment_log import MONITORED, alignment_scalars, append_alignment, quantity_pictures
+from attn_callbacks.callbacks._alignment_log import (
+    GOLD_TAGS,
+    SHAPE_TAGS,
+    alignment_scalars,
+    append_alignment,
+    quantity_pictures,
+)
 from attn_callbacks.callbacks._alignment_pairs import Pair, pairs_of
 from attn_callbacks.callbacks._alignment_sums import AlignmentSums
-from attn_callbacks.callbacks._loggers import log_point, with_epoch
+from attn_callbacks.callbacks._guard import message
+from attn_callbacks.callbacks._loggers import can_log, log_point, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AlignmentMonitor"]
 
-Reader = Callable[[Any], Any] | int | str | None
+Reader = int | str | Callable[[Any], Any] | None
 
 
 class AlignmentMonitor(ValidationObserver):
@@ -45,8 +52,9 @@ class AlignmentMonitor(ValidationObserver):
     them, with tokens and gold links (``alignment/pair_<i>``); with gold links ``alignment/error_rate``,
     ``alignment/precision`` and ``alignment/recall`` of the best head and ``alignment/error_rate_layer``, the mean over
     heads of the best layer; always ``alignment/<quantity>_mean`` over all heads. ``ModelCheckpoint`` and
-    ``EarlyStopping`` can monitor all of these numbers. ``attention/alignment.csv`` in the run's folder has everything.
-    Without gold links the best head is the most confident one.
+    ``EarlyStopping`` can monitor all of these numbers; what a validation could not measure is unknown to them.
+    ``attention/alignment.csv`` in the run's folder has everything. Without gold links the best head is the most
+    confident one. :attr:`result` and the monitored numbers are there also without a logger.
 
     A row of cross-attention is a query of the decoder. In teacher forcing, row ``t`` reads token ``t - 1`` and predicts
     token ``t``: in which of the two rows a target token stands is for your gold links to say. The row that reads a
@@ -89,6 +97,8 @@ class AlignmentMonitor(ValidationObserver):
         AlignmentMonitor(sure='links', method='mutual')
     """
 
+    _needs_logger = False  # the result, and what others monitor, is there without one
+
     def __init__(
         self,
         schema: BatchSchema | None = None,
@@ -126,6 +136,7 @@ class AlignmentMonitor(ValidationObserver):
         self._recorder: QuietRecorder | None = None
         self._tokenizer: Any = None
         self._monitored: dict[str, float] = {}
+        self._failure: str | None = None
         self._clear()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,10 +158,24 @@ class AlignmentMonitor(ValidationObserver):
         )
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.result = None
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._sums = AlignmentSums(self.method, trainer.world_size)
-        self._monitored = dict.fromkeys(MONITORED[0 if self.sure is not None else 4 :], np.nan) if self._fitting else {}
+        self._monitored = self._unknown()
         self._tokenizer = find_tokenizer(module, trainer)
+
+    def _unknown(self) -> dict[str, float]:
+        tags = (*(GOLD_TAGS if self.sure is not None else ()), *SHAPE_TAGS)
+        return dict.fromkeys(tags, np.nan) if self._fitting else {}
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with self._guard.block():
+            try:
+                yield
+            except Exception as error:
+                self._failure = self._failure or f"{type(error).__name__}: {message(error)}"  # for other processes
+                raise
 
     def _detach(self) -> None:
         super()._detach()
@@ -160,6 +185,7 @@ class AlignmentMonitor(ValidationObserver):
         self._recorder = self._tokenizer = None
         self._sums = AlignmentSums(self.method)
         self._told = False
+        self._failure = None
         self._forget()
 
     def _forget(self) -> None:
@@ -170,7 +196,7 @@ class AlignmentMonitor(ValidationObserver):
 
     def _begin(self, trainer: Trainer) -> None:
         self._forget()
-        self._left = self.samples if trainer.is_global_zero else 0
+        self._left = self.samples if trainer.is_global_zero and can_log(trainer) else 0
 
     def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         self._found = self._reader.read(batch)
@@ -183,22 +209,24 @@ class AlignmentMonitor(ValidationObserver):
     def _measure(self, call: AttentionCall) -> None:
         if self._found is None or (self.cross_only and not call.is_cross):
             return
-        maps, layer = self._found.maps(call), call_name(call)
-        self._sums.add(layer, **maps._asdict())
-        for pair in self._seen:
-            pair.take(layer, maps, self.max_tokens)
+        with self._guarded():
+            maps, layer = self._found.maps(call), call_name(call)
+            self._sums.add(layer, **maps._asdict())
+            for pair in self._seen:
+                pair.take(layer, maps, self.max_tokens)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         result, scalars = None, {}
         with self._guarded():
-            result = self._sums.conclude(trainer.strategy.root_device, failed=self._guard.off)
+            failure = self._failure or "It was switched off." if self._guard.off else None
+            result = self._sums.conclude(trainer.strategy.root_device, failure=failure)
             if result is not None:
                 self.result, scalars = result, alignment_scalars(result)
         if result is None and not self._guard.off and not self._told:
             self._told = True
             rank_zero_warn("`AlignmentMonitor` saw no cross-attention. Name `layers` and pass `cross_only=False`.")
-        self._monitored |= scalars
-        if result is not None and trainer.is_global_zero:
+        self._monitored = self._unknown() | scalars
+        if result is not None and trainer.is_global_zero and can_log(trainer):
             with self._guarded():
                 # in `trainer.validate` Lightning writes them: what it returns is what it logs
                 self._write(trainer, result, scalars if self._fitting else {})

@@ -17,12 +17,12 @@ from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._bias_names import is_sharded
 from attn_callbacks.callbacks._layers import known_tokens
-from attn_callbacks.callbacks._loggers import log_point
+from attn_callbacks.callbacks._loggers import can_log, log_point
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._paths_gradients import GradientMaps, Target, token_position
-from attn_callbacks.callbacks._paths_maps import LayerMaps, SampleMaps, one_stack, read_layer
+from attn_callbacks.callbacks._paths_maps import LayerMaps, SampleMaps, one_stack, read_layer, sample_maps
 from attn_callbacks.callbacks._paths_result import AttentionPathsResult, TracedSample, trace
-from attn_callbacks.callbacks._samples import Sample, find_tokenizer, patch_grid, read_samples
+from attn_callbacks.callbacks._samples import Sample, find_tokenizer, place_names, read_samples, sample_grid
 from attn_callbacks.callbacks._watch import QuietRecorder
 from attn_callbacks.capture import AttentionCall
 from attn_callbacks.render import Picture, overlay
@@ -60,7 +60,7 @@ class AttentionPaths(ValidationObserver):
         method: ``"rollout"``, ``"relevance"`` or ``"gradient_rollout"``.
         target: Class whose logit is explained: ``"predicted"``, ``"label"`` or a number. ``"rollout"`` has none.
         token: Token that is asked about, counted without padding: 0 is the class token, -1 the last. ``None`` takes the
-            mean over all, without paths. Of a language model, its logits are explained.
+            mean over all, without paths. Samples without it are left out. Of a language model, its logits.
         paths: Number of paths.
         layers: Names or glob patterns of attention modules; ``None`` takes all.
         every_n_epochs: Look after every n-th epoch.
@@ -103,10 +103,11 @@ class AttentionPaths(ValidationObserver):
         self._recorder: QuietRecorder | None = None
         self._gradients: GradientMaps | None = None
         self._tokenizer: Any = None
+        self._told = self._draws = False
         self._clear()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.result = None
+        self.result, self._told = None, False
         self._tokenizer = find_tokenizer(module, trainer)
         if self.method == "rollout":
             self._recorder = QuietRecorder(module, self.layers, self._receive, self._guard)
@@ -135,7 +136,7 @@ class AttentionPaths(ValidationObserver):
     def _begin(self, trainer: Trainer) -> None:
         looks = trainer.is_global_zero and (self._recorder is not None or self._gradients is not None)
         self._left = self.samples if looks else 0
-        self._epoch = trainer.current_epoch
+        self._epoch, self._draws = trainer.current_epoch, can_log(trainer)
 
     def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         size = self.schema.size(batch)
@@ -170,21 +171,45 @@ class AttentionPaths(ValidationObserver):
             stack, self._layers = one_stack(self._layers, chosen=self.layers is not None), []
             self._names = tuple(layer.name for layer in stack)
             for place, (sample, target) in enumerate(zip(seen, targets, strict=True)):
-                self._trace(sample, target, _of_sample(stack, place))
+                self._trace(sample, target, sample_maps(stack, place))
 
     def _trace(self, sample: Sample, target: int | None, maps: SampleMaps) -> None:
-        token = None if self.token is None else int(maps.real[: token_position(maps.real, self.token)].sum())
+        place = None if self.token is None else token_position(maps.real, self.token)
+        if not maps.real.any() or (self.token is not None and place is None):
+            self._leave_out(sample, int(maps.real.sum()))
+            return
+        token = None if place is None else int(maps.real[:place].sum())
         values, paths = trace(maps, self.method, token, self.paths)
-        labels = sample.labels(maps.real) or _places(_grid(sample, maps.real), maps.real)
+        self._tell_if_alone(token, values)
+        labels = (None if maps.is_decoder else sample.labels(maps.real)) or place_names(
+            sample_grid(sample, maps.real), maps.real
+        )
         with torch.inference_mode(False):  # for whoever computes with it later
             values = values.clone()
         found = TracedSample(sample.number, tuple(labels), token, target, values, paths)
         self._traced.append(found)
-        self._draw(found, sample, maps.real)
+        if self._draws:
+            self._draw(found, sample, maps.real)
+
+    def _tell_if_alone(self, token: int | None, values: Tensor) -> None:
+        if token == 0 and len(values) > 1 and not bool(values[1:].any()) and not self._told:
+            self._told = True
+            rank_zero_warn(
+                "`AttentionPaths` asks about the first token, which sees itself alone, as in causal attention. Pass "
+                "`token=-1` for the last one."
+            )
+
+    def _leave_out(self, sample: Sample, tokens: int) -> None:
+        if not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"`AttentionPaths` leaves out sample {sample.number}, and all like it: `token` is {self.token}, and it "
+                f"has {tokens} tokens."
+            )
 
     def _draw(self, found: TracedSample, sample: Sample, real: Tensor) -> None:
         tag, title = f"paths/{self.method}/sample_{found.number}", self._title(found)
-        values, grid = found.values.numpy(), _grid(sample, real)
+        values, grid = found.values.numpy(), sample_grid(sample, real)
         if sample.image is not None and grid is not None:
             patches = values[grid[2] :].reshape(grid[:2])
             draw = partial(overlay, sample.image, patches, title=title)
@@ -207,30 +232,6 @@ class AttentionPaths(ValidationObserver):
                     self.result = AttentionPathsResult(self.method, self._epoch, self._names, tuple(self._traced))
                 log_point(trainer, self._writer, self._folder, self._pictures)
         self._clear()
-
-
-def _grid(sample: Sample, real: Tensor) -> tuple[int, int, int] | None:
-    """Return rows, columns and class tokens of the patches of an image, if that is what the tokens are."""
-    if sample.image is None or not bool(real.all()):
-        return None
-    return patch_grid(len(real), sample.image.shape[0] / sample.image.shape[1])
-
-
-def _places(grid: tuple[int, int, int] | None, real: Tensor) -> list[str]:
-    """Name tokens that have no text: by row and column, or by number."""
-    if grid is None:
-        return [str(place) for place in real.nonzero()[:, 0].tolist()]
-    rows, columns, prefix = grid
-    ahead = ["class"] if prefix == 1 else [f"class {number}" for number in range(prefix)]
-    return [*ahead, *(f"{row},{column}" for row in range(rows) for column in range(columns))]
-
-
-def _of_sample(stack: Sequence[LayerMaps], place: int) -> SampleMaps:
-    if not stack:
-        raise ValueError("No self-attention was seen whose layers follow one another. Name its `layers`.")
-    real = stack[0].real[place] if stack[0].real else stack[0].maps[place].new_ones(stack[0].maps[place].shape[-1])
-    maps = [layer.maps[place] for layer in stack]
-    return SampleMaps(maps, [layer.gradients[place] for layer in stack if layer.gradients], real.bool())
 
 
 def _drawn_paths(found: TracedSample, title: str) -> Picture:

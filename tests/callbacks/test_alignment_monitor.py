@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from attn_callbacks import BatchSchema
 from attn_callbacks.callbacks import _alignment_pairs
+from attn_callbacks.callbacks._alignment_batch import _READ, LinkedMaps, LinkReader
+from attn_callbacks.callbacks._alignment_pairs import Pair
+from attn_callbacks.callbacks._alignment_sums import AlignmentSums
 from attn_callbacks.callbacks.alignment_monitor import AlignmentMonitor
 from attn_callbacks.functional.alignment_shape import ALIGNMENT_QUANTITIES
 from tests.callbacks.board import events
@@ -305,6 +308,113 @@ def test_every_n_epochs_repeats_the_last_value(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["alignment/error_rate"]) == pytest.approx(float(errors.min()), abs=1e-6)
     lines = (tmp_path / "run" / "attention" / "alignment.csv").read_text().splitlines()[1:]
     assert {line.split(",")[0] for line in lines} == {"1"}
+
+
+def test_what_is_monitored_goes_on_without_a_logger(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    stopping = pl.callbacks.EarlyStopping("alignment/confidence_mean", patience=5)
+    monitor = AlignmentMonitor(**GOLD)
+    trainer = quiet_trainer(tmp_path, [monitor, stopping], max_epochs=2)
+    submitted: list[Any] = []
+    monitor._writer.submit = lambda *job: submitted.append(job)
+    fit(Translation(), trainer, pairs(8, seed=0), pairs())
+    confidence = float(monitor.result.quantity("confidence").mean())
+    assert float(trainer.callback_metrics["alignment/confidence_mean"]) == pytest.approx(confidence, abs=1e-6)
+    assert trainer.current_epoch == 2
+    assert submitted == []
+    assert not list(tmp_path.iterdir())
+    assert not [warning for warning in recwarn if "AlignmentMonitor" in str(warning.message)]
+
+
+def test_what_was_not_measured_is_unknown_and_not_the_last_value(tmp_path: Path) -> None:
+    monitored: list[float] = []
+
+    class Told(pl.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            monitored.append(float(trainer.callback_metrics["alignment/error_rate"]))
+
+    def sure(batch: Any) -> Tensor:
+        if monitored:
+            raise RuntimeError("no links any more")
+        return batch["sure"]
+
+    with pytest.warns(UserWarning, match="`AlignmentMonitor` is switched off .*no links any more"):
+        run(tmp_path, Told(), epochs=3, sure=sure)
+    assert monitored[0] == monitored[0]
+    assert np.isnan(monitored[1:]).all()
+    assert len(monitored) == 3
+
+
+def test_another_run_begins_without_a_result(tmp_path: Path) -> None:
+    monitor, *_ = run(tmp_path)
+    assert monitor.result is not None
+    with pytest.warns(UserWarning, match="saw no cross-attention"):
+        fit(Classifier(), quiet_trainer(tmp_path / "other", [monitor], logger=csv_logger(tmp_path / "other")))
+    assert monitor.result is None
+
+
+@pytest.mark.parametrize("fails", ["sure", "forward"])
+def test_other_processes_are_told_why_this_one_failed(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str | None] = []
+    original = AlignmentSums.conclude
+
+    def conclude(sums: AlignmentSums, device: Any, *, failure: str | None) -> Any:
+        told.append(failure)
+        return original(sums, device, failure=failure)
+
+    monkeypatch.setattr(AlignmentSums, "conclude", conclude)
+    wrong = {"sure": {"sure": "links"}, "forward": {"sure": lambda batch: batch["sure"].mT}}[fails]
+    with pytest.warns(UserWarning, match="`AlignmentMonitor` is switched off"):
+        run(tmp_path, epochs=2, **wrong)
+    assert len(told) == 2
+    assert all("`sure`" in failure for failure in told if failure is not None)
+    assert None not in told
+
+
+def test_source_tokens_that_may_not_be_linked_are_left_out(tmp_path: Path) -> None:
+    def fewer(batch: dict[str, Any]) -> Tensor:
+        return batch["source_valid"] & (torch.arange(SOURCE) > 0)
+
+    monitor, module, _ = run(tmp_path, source_valid=fewer, **GOLD)
+    for batch, _ in module.kept:
+        batch["source_valid"] = fewer(batch)
+    x, y = np.moveaxis(loops(module).sum(axis=0), -1, 0)
+    np.testing.assert_allclose(monitor.result.mean, x / y, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"labels": torch.tensor([[0, 3, -100]])}, [[True, True, False]]),  # 0 is a token like any other
+        ({"labels": torch.ones(1, 2), "decoder_attention_mask": torch.tensor([[1, 0]])}, [[True, False]]),
+        ({"labels": torch.tensor([0, 3])}, None),
+        ((torch.tensor([[0, 3]]), torch.tensor([1])), None),
+    ],
+)
+def test_labels_tell_which_target_tokens_are_real(batch: Any, expected: list[list[bool]] | None) -> None:
+    found = LinkReader(BatchSchema(), None, **dict.fromkeys(_READ)).read(batch).usual_valid
+    assert (None if found is None else found.tolist()) == expected
+
+
+def test_a_pair_keeps_nothing_of_its_batch_alive() -> None:
+    weights, gold = torch.rand(8, 2, 5, 6), torch.ones(8, 5, 6, dtype=torch.bool)
+    rows, columns = torch.ones(8, 5, dtype=torch.bool), torch.ones(8, 6, dtype=torch.bool)
+    pair = Pair(0, 3, None, None)
+    pair.take("layer", LinkedMaps(weights, gold, gold, rows, columns), 4)
+    for kept in pair.layers["layer"]:
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+
+
+def test_a_tokenizer_that_is_not_ready_ends_nothing(tmp_path: Path) -> None:
+    class Unready(Translation):
+        @property
+        def tokenizer(self) -> Any:
+            raise RuntimeError("prepare the data first")
+
+    monitor = AlignmentMonitor(**GOLD)
+    quiet_trainer(tmp_path, [monitor], logger=csv_logger(tmp_path)).validate(Unready(), pairs(), verbose=False)
+    assert monitor.result is not None
 
 
 def test_validate_returns_the_numbers(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from attn_callbacks import AttentionCall, AttentionRecorder, BatchSchema
 from attn_callbacks.analysis.attention_gradient import attention_gradients
-from attn_callbacks.callbacks._paths_gradients import token_position
+from attn_callbacks.callbacks._paths_forward import differentiable
+from attn_callbacks.callbacks._paths_gradients import _same, token_position
 from attn_callbacks.callbacks._paths_maps import LayerMaps, one_stack, read_layer
 from attn_callbacks.callbacks.attention_paths import AttentionPaths
 from attn_callbacks.functional.relevance import attention_relevance
@@ -253,6 +255,57 @@ def test_numbers_drawn_in_evaluation_are_given_back(tmp_path: Path) -> None:
     assert torch.equal(*states)
 
 
+class Averaging(Bert):
+    """Running statistics, and a counter that also counts in evaluation; stays in training while it is validated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalise = nn.BatchNorm1d(2)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, batch: Any) -> Any:
+        self.count += 1
+        return self.normalise(super().forward(batch))
+
+
+class NeverEvaluated(Classifier):
+    def on_validation_model_eval(self) -> None:
+        """Leave the modes as they are."""
+
+
+@pytest.mark.parametrize("steps", [Classifier, NeverEvaluated])
+@pytest.mark.filterwarnings("ignore:.*gives other logits")
+def test_running_statistics_and_modes_are_given_back(steps: type[Classifier], tmp_path: Path) -> None:
+    states = []
+    for name, callbacks in (("without", []), ("with", [AttentionPaths(samples=3, method="relevance")])):
+        torch.manual_seed(5)
+        module = steps(Averaging())
+        fit(module, quiet_trainer(tmp_path / name, callbacks, max_epochs=2), loader(32, shuffle=True))
+        states.append((module.state_dict(), [part.training for part in module.modules()]))
+    assert states[0][1] == states[1][1]
+    for name, value in states[0][0].items():
+        assert torch.equal(value, states[1][0][name]), name
+
+
+def test_buffers_come_back_as_the_very_tensors() -> None:
+    module = Averaging()
+    module.again = module.normalise.running_mean  # not a buffer
+    module.register_buffer("shared", module.count)
+    before = dict(module.named_buffers(remove_duplicate=False))
+    values = {name: value.clone() for name, value in before.items()}
+    with differentiable(module):
+        assert not module.training
+        module.count += 1
+        assert module.shared == module.count == 1
+        module.normalise.running_mean = torch.ones(2)
+    after = dict(module.named_buffers(remove_duplicate=False))
+    assert module.training
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        assert value is before[name], name
+        assert torch.equal(value, values[name]), name
+
+
 class Watching(Classifier):
     """Notices gradients of parameters after validation."""
 
@@ -349,14 +402,68 @@ def test_inputs_that_are_not_handed_over_are_told(tmp_path: Path) -> None:
         validated(Copying(), tmp_path, method="relevance")
 
 
-def test_a_missing_token_is_told(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="`token` is 40, and a sample has"):
-        validated(Classifier(), tmp_path, token=40)
+def test_a_missing_token_is_told_once(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="leaves out sample 0, and all like it: `token` is 40, and it has") as caught:
+        assert validated(Classifier(), tmp_path, token=40).result is None
+    assert len([warning for warning in caught if "AttentionPaths" in str(warning.message)]) == 1
+
+
+def shortened(lengths: dict[int, int]) -> Any:
+    data = Texts(16, seed=1)
+    data.attention_mask[:] = 1
+    for row, tokens in lengths.items():
+        data.attention_mask[row] = torch.arange(LENGTH) < tokens
+    return DataLoader(data, 4)
+
+
+class Filled(Bert):
+    """Says nothing of a sample without tokens, as many networks do."""
+
+    def forward(self, batch: Any) -> Tensor:
+        logits = super().forward(batch)
+        return logits.where(batch["attention_mask"].any(1, keepdim=True), torch.nan)
+
+
+@every_method
+@pytest.mark.parametrize(("token", "left_out"), [(0, {2}), (5, {1, 2}), (None, {2}), (-1, {2})])
+def test_a_short_sample_is_left_out_alone(method: str, token: int | None, left_out: set[int], tmp_path: Path) -> None:
+    lengths = {1: 1, 2: 0}
+    with pytest.warns(UserWarning, match=f"leaves out sample {min(left_out)}, and all like it") as caught:
+        callback = validated(Classifier(Filled()), tmp_path, shortened(lengths), samples=6, method=method, token=token)
+    assert len([warning for warning in caught if "AttentionPaths" in str(warning.message)]) == 1
+    assert [sample.number for sample in callback.result.samples] == [n for n in range(6) if n not in left_out]
+    for sample in callback.result.samples:
+        assert len(sample.values) == lengths.get(sample.number, LENGTH)
+        assert sample.values.isfinite().all()
+
+
+def test_a_language_model_goes_on_without_a_short_sample(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="leaves out sample 1, and all like it: `token` is 4, and it has 2 tokens"):
+        callback = validated(
+            NextTokenSteps(NextToken()), tmp_path, shortened({1: 2}), samples=3, method="relevance", token=4
+        )
+    assert [sample.number for sample in callback.result.samples] == [0, 2]
+
+
+def test_other_logits_are_seen_beside_a_sample_without_any() -> None:
+    before = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]])
+    assert _same(before.clone(), before, 2).isnan().any()
+    with pytest.raises(ValueError, match="gives other logits"):
+        _same(before + 1, before, 2)
+
+
+def test_nothing_is_drawn_for_nobody(tmp_path: Path) -> None:
+    callback = AttentionPaths(samples=2)
+    submitted: list[Any] = []
+    callback._writer.submit = lambda *job: submitted.append(job)
+    quiet_trainer(tmp_path, [callback]).validate(Classifier(), loader(16, seed=1), verbose=False)
+    assert len(callback.result.samples) == 2
+    assert submitted == []
 
 
 def test_positions_count_real_tokens_only() -> None:
     real = torch.tensor([False, True, True, False, True])
-    assert [token_position(real, token) for token in (0, 1, -1, -3)] == [1, 2, 4, 1]
+    assert [token_position(real, token) for token in (0, 1, -1, -3, 3, -4)] == [1, 2, 4, 1, None, None]
 
 
 @pytest.mark.parametrize(
