@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attn_callbacks.batch import BatchSchema
+from attn_callbacks.callbacks._class_labels import class_labels
 from attn_callbacks.callbacks._reliance_probe import class_scores
 
 __all__ = ["Outcome", "read_outcome", "sample_fields"]
@@ -24,6 +25,7 @@ class Outcome:
         predicted: The class of the largest logit.
         loss: Cross-entropy, minus infinity for samples that do not count.
         confidence: Probability of the class predicted.
+        strangers: What is known of labels that are no class, ``(3,)``; see `class_labels`.
     """
 
     classes: int
@@ -31,6 +33,7 @@ class Outcome:
     predicted: Tensor
     loss: Tensor
     confidence: Tensor
+    strangers: Tensor
 
     @property
     def right(self) -> Tensor:
@@ -57,7 +60,8 @@ class Outcome:
 def read_outcome(schema: BatchSchema, logits: Tensor | None, batch: Any) -> Outcome:
     """Compare logits with labels.
 
-    Samples whose logits are not finite do not count: of several NaN the largest is class 0.
+    Samples whose logits are not finite do not count: of several NaN the largest is class 0. Nor do those whose label is
+    no class.
 
     Args:
         schema: Where a batch has what.
@@ -79,11 +83,10 @@ def read_outcome(schema: BatchSchema, logits: Tensor | None, batch: Any) -> Outc
     target = torch.as_tensor(target, device=scores.device)
     if target.shape != scores.shape[:1]:
         raise ValueError(f"`target` must have shape (samples,) = {tuple(scores.shape[:1])}, got {tuple(target.shape)}.")
-    target = target.long()
+    target, strangers = class_labels(target, scores.shape[1])
     counted = scores.isfinite().all(dim=1) & (target >= 0)
     logs = scores.log_softmax(dim=1)
-    inside = target.clamp(0, scores.shape[1] - 1)
-    loss = -logs.gather(1, inside[:, None])[:, 0]
+    loss = -logs.gather(1, target.clamp_min(0)[:, None])[:, 0]
     best = logs.max(dim=1)
     return Outcome(
         classes=scores.shape[1],
@@ -91,6 +94,7 @@ def read_outcome(schema: BatchSchema, logits: Tensor | None, batch: Any) -> Outc
         predicted=best.indices,
         loss=loss.masked_fill(~counted, -torch.inf),
         confidence=best.values.exp().nan_to_num(0.0),
+        strangers=strangers,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSam
 from attn_callbacks.callbacks._samples import patch_grid, read_samples
 from attn_callbacks.render import Picture, attention_heads, layer_head_grid, overlay
 
-__all__ = ["effect_pictures", "read_entry", "sample_overlay", "sample_picture"]
+__all__ = ["effect_pictures", "error_drawings", "read_entry", "sample_overlay", "sample_picture"]
 
 Array = np.ndarray[Any, Any]
 
@@ -35,6 +35,28 @@ def effect_pictures(result: ErrorAnalysisResult) -> dict[str, Callable[[], Pictu
             draw = partial(layer_head_grid, effects, title=title, layer_labels=labels, high=_SHOWN, diverging=True)
             pictures[f"errors/{name}"] = draw
     return pictures
+
+
+def error_drawings(
+    result: ErrorAnalysisResult, heads: int, colours: Callable[[Sequence[tuple[str, int]]], Array]
+) -> Iterator[tuple[str, Callable[[], Picture], int]]:
+    """Yield tag, what draws it, and how many bytes that holds, of every picture.
+
+    Args:
+        result: What was found.
+        heads: Heads shown of each sample.
+        colours: Returns the colours of frames from layer names and numbers of heads.
+    """
+    for tag, effects in effect_pictures(result).items():
+        yield tag, effects, 0
+    shown = result.ranking(heads)
+    for kind in ("worst", "confident"):
+        for place, sample in enumerate(getattr(result, kind)):
+            draw, size = sample_picture(result, sample, shown, f"{kind} {place}", colours)
+            yield f"errors/{kind}/{place}", draw, size
+            over = sample_overlay(result, sample, shown, f"{kind} {place}")
+            if over is not None:
+                yield f"errors/{kind}/{place}/image", over, size
 
 
 def sample_picture(

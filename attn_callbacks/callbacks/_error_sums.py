@@ -40,26 +40,30 @@ class ErrorSums:
             self._metrics[layer] = OutcomeStatistics(1, *size).to(values.device)
         self._metrics[layer].update(0, values, target, right)
 
-    def conclude(self, device: torch.device, *, failed: bool) -> tuple[tuple[str, ...], Moments] | None:
+    def conclude(self, device: torch.device, *, failure: str | None) -> tuple[tuple[str, ...], Moments] | None:
         """Return the layers and the moments of all processes, and start anew. Every process must call it.
 
         Args:
             device: Where this process computes.
-            failed: This process could not measure all of its data.
+            failure: Why this process could not measure all of its data, if so.
 
         Returns:
             The same on all processes: moments ``(layers, heads, statistics, classes, 2)`` on the CPU; ``None`` if none
             saw anything.
 
         Raises:
-            RuntimeError: On all processes, if one of them failed: half a result would be taken for a whole one.
+            RuntimeError: On all processes, if one of them failed, or layers have other sizes on others: half a result
+                would be taken for a whole one.
         """
         own, self._metrics = self._metrics, {}
         sizes = {name: _Size(each.heads, each.statistics, each.num_classes) for name, each in own.items()}
-        shares: list[Any] = from_all_processes((failed, sizes), is_distributed=self._is_distributed)
-        if any(broken for broken, _ in shares):
-            raise RuntimeError("A process could not measure all of its data.")
+        shares: list[Any] = from_all_processes((failure, sizes), is_distributed=self._is_distributed)
+        failures = [told for told, _ in shares if told is not None]
+        if failures:
+            raise RuntimeError(f"A process could not measure all of its data. {failures[0]}")
         layers = {name: size for _, found in shares for name, size in found.items()}
+        if any(size != layers[name] for _, found in shares for name, size in found.items()):
+            raise RuntimeError("Layers have other numbers of heads or classes on other processes.")
         if not layers:
             return None
         metrics = [own[name] if name in own else OutcomeStatistics(1, *size) for name, size in layers.items()]

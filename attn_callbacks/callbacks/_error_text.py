@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSample
 
-__all__ = ["error_text"]
+__all__ = ["error_scalars", "error_text"]
 
 _MOST_ROWS = 20
 
@@ -14,6 +14,15 @@ _MOST_ROWS = 20
 def error_text(result: ErrorAnalysisResult) -> str:
     """Return the heads that attend differently on mistakes, and the samples that went most wrong, as Markdown."""
     return "\n".join(_lines(result))
+
+
+def error_scalars(result: ErrorAnalysisResult) -> dict[str, float]:
+    """Return numbers by tag: how much is wrong, how many heads differ, and by how much at most."""
+    return {
+        "errors/rate": result.error_rate,
+        "errors/heads": float(len({(each.layer, each.head) for each in result.differences()})),
+        "errors/largest_effect": float(result.outcome.g.abs().nan_to_num(0.0).max()),
+    }
 
 
 def _lines(result: ErrorAnalysisResult) -> Iterator[str]:

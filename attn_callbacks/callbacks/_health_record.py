@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attn_callbacks.functional.health import HealthAlert, HealthThresholds, health_alerts
+from attn_callbacks.functional.health import (
+    HealthAlert,
+    HealthThresholds,
+    dead_alert,
+    health_alerts,
+    is_whole,
+    seems_dead,
+)
 
 __all__ = ["HealthRecord"]
 
 
 class HealthRecord:
-    """Remember the first and the last looks, and tell each event once.
+    """Remember the first and the last ``looks`` looks that are whole, and tell each event once.
 
     An event is over when ``looks`` looks in a row found nothing of it; the next one is told again.
 
@@ -25,9 +33,10 @@ class HealthRecord:
     def __init__(self, thresholds: HealthThresholds) -> None:
         self.events = 0
         self._thresholds = thresholds
-        self._kept = max(thresholds.looks, thresholds.dead_looks)
+        self._others = replace(thresholds, dead_looks=None)  # dead heads are counted, which takes no history
         self._first: dict[str, Tensor] = {}
         self._recent: dict[str, Tensor] = {}
+        self._runs: dict[str, Tensor] = {}  # (2, heads): looks one after the other in which a head seemed dead
         self._active: dict[tuple[str, str, int], int] = {}  # layer, kind, head: looks since it was last seen
 
     def add(self, vitals: Mapping[str, Tensor]) -> list[tuple[str, HealthAlert]]:
@@ -36,12 +45,7 @@ class HealthRecord:
         for key in self._active:
             self._active[key] += 1
         for layer, now in vitals.items():
-            if layer not in self._first or self._first[layer].shape != now.shape:
-                self._first[layer], self._recent[layer] = now, now[None][:0]
-            alerts = health_alerts(now, self._recent[layer], self._first[layer], self._thresholds)
-            told += [(layer, alert) for alert in alerts if self._is_new(layer, alert)]
-            if not any(alert.kind == "not_finite" for alert in alerts):  # one overflow must not hide what was before
-                self._recent[layer] = torch.cat([self._recent[layer], now[None]])[-self._kept :]
+            told += [(layer, alert) for alert in self._alerts(layer, now) if self._is_new(layer, alert)]
         self._active = {key: quiet for key, quiet in self._active.items() if quiet < self._thresholds.looks}
         self.events += len(told)
         return told
@@ -50,7 +54,8 @@ class HealthRecord:
         """Return plain numbers and lists."""
         layers = {name: [self._first[name].tolist(), self._recent[name].tolist()] for name in self._first}
         active = [[*key, quiet] for key, quiet in self._active.items()]
-        return {"events": self.events, "layers": layers, "active": active}
+        runs = {name: counts.tolist() for name, counts in self._runs.items()}
+        return {"events": self.events, "layers": layers, "runs": runs, "active": active}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where another one was."""
@@ -59,6 +64,21 @@ class HealthRecord:
         for name, (first, recent) in state.get("layers", {}).items():
             self._first[name] = torch.tensor(first)
             self._recent[name] = torch.tensor(recent).view(-1, *self._first[name].shape)
+            runs = state.get("runs", {}).get(name)  # older checkpoints do not count: counting begins anew
+            none = torch.zeros(2, len(first), dtype=torch.long)
+            self._runs[name] = none if runs is None else torch.tensor(runs)
+
+    def _alerts(self, layer: str, now: Tensor) -> list[HealthAlert]:
+        if not bool(is_whole(now)):  # one overflow must neither hide what was before nor be what all is held against
+            return list(health_alerts(now, now[None][:0], now, self._others))
+        if layer not in self._first or self._first[layer].shape != now.shape:
+            self._first[layer], self._recent[layer] = now, now[None][:0]
+            self._runs[layer] = torch.zeros(2, len(now), dtype=torch.long)
+        alerts = health_alerts(now, self._recent[layer], self._first[layer], self._others)
+        self._recent[layer] = torch.cat([self._recent[layer], now[None]])[-self._thresholds.looks :]
+        self._runs[layer] = (self._runs[layer] + 1) * seems_dead(now, self._first[layer], self._thresholds)
+        dead = dead_alert(now, self._runs[layer], self._thresholds)
+        return [*alerts, *([] if dead is None else [dead])]
 
     def _is_new(self, layer: str, alert: HealthAlert) -> bool:
         # what is about a layer is one event, whichever of its heads are concerned

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,18 +12,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attn_callbacks.batch import BatchSchema
+from attn_callbacks.callbacks._class_labels import class_labels, label_complaint, pooled_strangers
 from attn_callbacks.callbacks._forward import ForwardCall
 from attn_callbacks.callbacks._reliance_probe import class_scores
 from attn_callbacks.callbacks._substitute import substitute
 from attn_callbacks.capture.compiled import run_eagerly
 
-__all__ = ["HeldBatch", "hold"]
+__all__ = ["HeldBatch", "complaint", "hold"]
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class HeldBatch(ABC):
-    """A batch whose losses can be computed anew."""
+    """A batch whose losses can be computed anew.
+
+    Args:
+        strangers: What is known of labels that are no class, once losses were computed; see `class_labels`.
+        classes: Number of classes, known by then.
+    """
+
+    strangers: Tensor | None = None
+    classes = 0
 
     @abstractmethod
     def watch(self) -> AbstractContextManager[Any]:
@@ -42,7 +51,7 @@ def hold(batch: Any, module: nn.Module, schema: BatchSchema, loss: Loss | None) 
         module: The module whose step it is.
         schema: Where the batch has what.
         loss: Computes losses from the module and the batch; ``None``: cross entropy of what ``forward`` returns, NaN
-            where a label is negative.
+            where a label is negative or no class.
 
     Raises:
         ValueError: If the inputs are no tensor, or there are no labels, and there is no ``loss`` either.
@@ -56,6 +65,14 @@ def hold(batch: Any, module: nn.Module, schema: BatchSchema, loss: Loss | None) 
             "target=...), or pass `loss`, a function of module and batch that returns one loss a sample."
         )
     return _CrossEntropy(_Again(module, inputs, trace=False), torch.as_tensor(target), schema)
+
+
+def complaint(owner: str, held: Sequence[HeldBatch]) -> str | None:
+    """Return what to say of labels that are no class, after losses were computed; ``None`` if there are none."""
+    known = [(batch.strangers, batch.classes) for batch in held if batch.strangers is not None]
+    if not known:
+        return None
+    return label_complaint(owner, pooled_strangers([strangers for strangers, _ in known]), known[0][1])
 
 
 class _Given(HeldBatch):
@@ -94,9 +111,11 @@ class _CrossEntropy(HeldBatch):
                 f"{tuple(target.shape)}. Pass `loss`, a function of module and batch that returns one loss a sample."
             )
         scores = class_scores(logits).float()
-        target = target.detach().to(scores.device, torch.long, copy=True)  # validation may have made it in its mode
-        losses = F.cross_entropy(scores, target.clamp_min(0), reduction="none")
-        return losses.where(target >= 0, torch.nan)
+        target = target.detach().to(scores.device, copy=True)  # validation may have made it in its mode
+        self.classes = scores.shape[1]
+        labels, self.strangers = class_labels(target, self.classes)
+        losses = F.cross_entropy(scores, labels.clamp_min(0), reduction="none")
+        return losses.where(labels >= 0, torch.nan)
 
 
 class _Again(ForwardCall):

@@ -115,7 +115,6 @@ def _names(layers: Sequence[str]) -> Callable[[tuple[str, int]], str]:
 
 
 def _unfinished(study: HeadStudy) -> Iterator[str]:
-    parts = {"importance": study.importance or study.ablation, "pruning": study.pruning, "pairs": study.interactions}
-    cut = [name for name, part in parts.items() if part is not None and not part.is_complete]
-    if cut:
-        yield f"The time was up before all was measured: {', '.join(cut)}. Raise `seconds`, or take fewer `batches`."
+    if study.unfinished:
+        cut = ", ".join(study.unfinished)
+        yield f"The time was up before all was measured: {cut}. Raise `seconds`, or take fewer `batches`."

@@ -34,6 +34,8 @@ class HeadStudy:
         pruning: The loss without ever more heads; ``None`` if there was no time for it.
         interactions: If they were asked for; ``None`` if there was no time for them.
         seconds: Time it took.
+        unfinished: What was not measured, or not whole, when the time was up: of ``"importance"``, ``"pruning"`` and
+            ``"pairs"``.
     """
 
     epoch: int
@@ -42,6 +44,7 @@ class HeadStudy:
     pruning: PruningCurve | None
     interactions: HeadInteractions | None
     seconds: float
+    unfinished: tuple[str, ...] = ()
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ class HeadStudy:
         parts = ("importance", "ablation", "pruning", "interactions")
         found = {name: getattr(self, name) for name in parts}
         own = {name: None if part is None else part.to_dict() for name, part in found.items()}
-        return {"epoch": self.epoch, "seconds": plain(self.seconds), **own}
+        return {"epoch": self.epoch, "seconds": plain(self.seconds), "unfinished": list(self.unfinished), **own}
 
 
 def study(
@@ -86,4 +89,6 @@ def study(
         curve = pruning_curve(model, batches, loss, values, max(step, 1), layers, seconds=max(left(), _AT_LEAST))
     if interactions and left() > 0:
         pairs = head_interactions(model, batches, loss, layers=layers, seconds=max(left(), _AT_LEAST))
-    return HeadStudy(epoch, importance, ablation, curve, pairs, time.monotonic() - begun)
+    asked = {"importance": importance or ablation, "pruning": curve, **({"pairs": pairs} if interactions else {})}
+    unfinished = tuple(name for name, part in asked.items() if part is None or not part.is_complete)
+    return HeadStudy(epoch, importance, ablation, curve, pairs, time.monotonic() - begun, unfinished)

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor
 
 from attn_callbacks._checks import at_least, name_list, one_of
+from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
-from attn_callbacks.callbacks._error_gallery import WorstSamples, worst_of_all
+from attn_callbacks.callbacks._class_labels import label_complaint
+from attn_callbacks.callbacks._error_exchange import Counts, count_samples, exchanged, told
+from attn_callbacks.callbacks._error_gallery import WorstSamples
 from attn_callbacks.callbacks._error_outcome import Outcome, read_outcome, sample_fields
-from attn_callbacks.callbacks._error_pictures import effect_pictures, read_entry, sample_overlay, sample_picture
-from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, WrongSample, conclude_errors
+from attn_callbacks.callbacks._error_pictures import error_drawings, read_entry
+from attn_callbacks.callbacks._error_result import ErrorAnalysisResult, conclude_errors
 from attn_callbacks.callbacks._error_step import ErrorStep
 from attn_callbacks.callbacks._error_sums import ErrorSums
-from attn_callbacks.callbacks._error_text import error_text
+from attn_callbacks.callbacks._error_text import error_scalars, error_text
 from attn_callbacks.callbacks._frames import FRAMES, Frames, check_frames, frame_colours
-from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
+from attn_callbacks.callbacks._loggers import can_log, log_point, log_text, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
-from attn_callbacks.callbacks._processes import are_connected, from_all_processes
+from attn_callbacks.callbacks._processes import are_connected
 from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder, forward_outputs
 from attn_callbacks.capture import AttentionCall
@@ -52,9 +55,11 @@ class ErrorAnalysis(ValidationObserver):
     ``errors/worst/<place>`` and ``errors/confident/<place>`` shows the maps of the samples of the highest loss, and of
     those that were wrong with the highest confidence, in the heads that differ most. :attr:`result` keeps everything,
     also without a logger. Reads the first validation loader; labels come from the batch, logits as `BatchSchema` says.
+    Samples whose label is negative do not count; nor do those whose label is no class, after one warning.
 
     The gallery holds the queries and keys of a batch until its step ends, then computes the maps of at most
-    ``2 * samples`` of its samples. It keeps ``4 * samples * layers * heads * max_tokens ** 2`` bytes at most.
+    ``2 * samples`` of its samples. It keeps ``4 * samples * layers * heads * max_tokens ** 2`` bytes of maps at most,
+    and of the same samples what the batch holds of images and token ids, and two bytes a layer and token of masks.
 
     Args:
         schema: Where a batch has what; the default reads ``(x, y)`` and Hugging Face batches.
@@ -108,13 +113,16 @@ class ErrorAnalysis(ValidationObserver):
         self.result: ErrorAnalysisResult | None = None
         self._recorder: QuietRecorder | None = None
         self._tokenizer: Any = None
-        self._is_distributed = self._has_logits = False
+        self._is_distributed = self._has_logits = self._complained = False
+        self._failure: str | None = None  # what other processes are told
+        self._classes = 0
         self._generator = torch.Generator()
         self._clear()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         check_frames(self.frames, trainer, type(self).__name__)
-        self.result, self._has_logits = None, False
+        self.result, self._failure = None, None
+        self._has_logits = self._complained = False
         self._is_distributed = are_connected(trainer.world_size)
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
         self._tokenizer = find_tokenizer(module, trainer)
@@ -127,13 +135,22 @@ class ErrorAnalysis(ValidationObserver):
     def _clear(self) -> None:
         self._sums = ErrorSums(is_distributed=self._is_distributed)
         self._galleries = {name: WorstSamples(self.samples) for name in ("worst", "confident") if self.samples}
-        self._counts: Tensor | None = None  # of samples, (classes, 2)
+        self._counts: Counts | None = None
         self._seen = 0
         self._step = ErrorStep()
 
     def _begin(self, trainer: Trainer) -> None:
         self._clear()
         self._generator.manual_seed(self.seed + 1_000_003 * trainer.global_step + trainer.global_rank)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with super()._guarded():
+            try:
+                yield
+            except Exception as error:
+                self._failure = self._failure or told(error)
+                raise
 
     def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         sets = {name: self.schema.flags(name, batch) for name in self.schema.token_sets}
@@ -151,7 +168,8 @@ class ErrorAnalysis(ValidationObserver):
             yield
 
     def _measure(self, call: AttentionCall) -> None:
-        self._step.measure(call, self.rows, self._generator)
+        with self._guarded():
+            self._step.measure(call, self.rows, self._generator)
 
     def _add(self, outputs: Any, batch: Any) -> None:
         step, self._step = self._step, ErrorStep()
@@ -160,12 +178,11 @@ class ErrorAnalysis(ValidationObserver):
             outcome = read_outcome(self.schema, self.schema.step_logits(outputs, step.outputs), batch)
             classes = outcome.classes if outcome.classes <= _MOST_CLASSES else 1
             group = outcome.target if classes > 1 else outcome.target.clamp_max(0)
-            if self._counts is None:
-                self._counts = torch.zeros(classes, 2, dtype=torch.int64, device=group.device)
+            counts = count_samples(group, outcome.right, classes, outcome.strangers)
+            self._counts = counts if self._counts is None else self._counts.plus(counts)
+            self._classes = outcome.classes
             for name, values in step.values.items():
                 self._sums.add(name, values, group, outcome.right, classes)
-            cell = 2 * group.clamp_min(0) + outcome.right.long()
-            self._counts.view(-1).index_add_(0, cell, (group >= 0).long())
             if self._galleries and step.calls:
                 self._keep(step, outcome, batch)
             self._seen += len(group)
@@ -190,52 +207,43 @@ class ErrorAnalysis(ValidationObserver):
             result = self._concluded(trainer)
         if result is not None:
             self.result = result
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and can_log(trainer):
                 with self._guarded():
                     self._write(trainer, result)
         self._clear()
 
     def _concluded(self, trainer: Trainer) -> ErrorAnalysisResult | None:
-        found = self._sums.conclude(trainer.strategy.root_device, failed=self._guard.off)
-        if found is None:
+        failure = (self._failure or "It was switched off.") if self._guard.off else None
+        device, together = trainer.strategy.root_device, self._is_distributed
+        known = exchanged(self._sums, self._counts, self._galleries, device, failure=failure, is_distributed=together)
+        if known is None:
             return None
-        layers, sums = found
-        own = None if self._counts is None else self._counts.tolist()
-        counted = from_all_processes(own, is_distributed=self._is_distributed)
-        samples = torch.tensor([count for count in counted if count is not None]).sum(dim=0)
+        layers, sums, (samples, strangers), worst = known
+        self._complain(strangers, max(len(samples), self._classes))
         names = self._class_names(len(samples))
         statistics = (*STATISTICS, *(f"mass/{name}" for name in self.schema.token_sets))
         result = conclude_errors(trainer.current_epoch, layers, statistics, names, sums, samples)
-        shown = {name: self._shown(gallery, layers) for name, gallery in self._galleries.items()}
+        shown = {
+            name: tuple(read_entry(entry, layers, self._tokenizer) for entry in entries)
+            for name, entries in worst.items()
+        }
         return replace(result, worst=shown.get("worst", ()), confident=shown.get("confident", ()))
+
+    def _complain(self, strangers: Tensor, classes: int) -> None:
+        said = None if self._complained else label_complaint(type(self).__name__, strangers, classes)
+        if said is not None:
+            self._complained = True
+            rank_zero_warn(said)
 
     def _class_names(self, classes: int) -> tuple[str, ...]:
         if len(self.classes) > classes > 1 or 0 < len(self.classes) < classes:
             raise ValueError(f"`classes` must name the {classes} classes of the logits, got {self.classes}.")
         return self.classes or (tuple(map(str, range(classes))) if classes > 1 else ("all",))
 
-    def _shown(self, gallery: WorstSamples, layers: Sequence[str]) -> tuple[WrongSample, ...]:
-        entries = worst_of_all(gallery.entries(), gallery.most, is_distributed=self._is_distributed)
-        return tuple(read_entry(entry, layers, self._tokenizer) for entry in entries)
-
     def _write(self, trainer: Trainer, result: ErrorAnalysisResult) -> None:
+        colours = partial(frame_colours, self.frames, trainer)
         pictures: dict[str, Future[Picture]] = {
-            tag: self._writer.submit(draw) for tag, draw in effect_pictures(result).items()
+            tag: self._writer.submit(draw, size) for tag, draw, size in error_drawings(result, self.heads, colours)
         }
-        shown, colours = result.ranking(self.heads), partial(frame_colours, self.frames, trainer)
-        for kind in ("worst", "confident"):
-            for place, sample in enumerate(getattr(result, kind)):
-                draw, size = sample_picture(result, sample, shown, f"{kind} {place}", colours)
-                pictures[f"errors/{kind}/{place}"] = self._writer.submit(draw, size)
-                over = sample_overlay(result, sample, shown, f"{kind} {place}")
-                if over is not None:
-                    pictures[f"errors/{kind}/{place}/image"] = self._writer.submit(over, size)
-        found = result.differences()
-        sizes = result.outcome.g.abs().nan_to_num(0.0)
-        scalars = {
-            "errors/rate": result.error_rate,
-            "errors/heads": float(len({(each.layer, each.head) for each in found})),
-            "errors/largest_effect": float(sizes.max()),
-        }
-        log_point(trainer, self._writer, self._folder, pictures, with_epoch(trainer, scalars))
+        log_point(trainer, self._writer, self._folder, pictures, with_epoch(trainer, error_scalars(result)))
         log_text(trainer, "errors/differences", error_text(result))

@@ -12,10 +12,10 @@ from attn_callbacks._checks import at_least, check_number, name_list, one_of
 from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._bias_names import is_sharded
-from attn_callbacks.callbacks._held_batches import HeldBatch, hold
+from attn_callbacks.callbacks._held_batches import HeldBatch, complaint, hold
 from attn_callbacks.callbacks._importance_log import study_drawings, study_scalars, study_text
 from attn_callbacks.callbacks._importance_study import HeadStudy, study
-from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
+from attn_callbacks.callbacks._loggers import can_log, log_point, log_text, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class HeadImportance(ValidationObserver):
         seconds: Time for one validation; what was not measured by then is left out.
         rise: Largest rise of the loss, as a share of it, for heads that can go.
         loss: Returns one loss a sample from the module and a batch, ``(samples,)``, with a graph. ``None`` takes the
-            cross entropy of the logits that the step computes, which needs labels in the batch and one label a sample.
+            cross entropy of the logits that the step computes, which needs labels in the batch and one label a sample;
+            labels that are no class are left out, after one warning.
 
     Raises:
         ValueError: If a number is too small or ``method`` is another word.
@@ -95,10 +96,10 @@ class HeadImportance(ValidationObserver):
         self.result: HeadStudy | None = None
         self._module: nn.Module | None = None
         self._held: list[HeldBatch] = []
-        self._looks = False
+        self._looks = self._complained = False
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.result = None
+        self.result, self._complained = None, False
         self._module = module
         if is_sharded(trainer):
             self._module = None
@@ -124,8 +125,18 @@ class HeadImportance(ValidationObserver):
         held, self._held = self._held, []
         if held and not self._guard.off:
             with self._guarded():
-                self.result = self._studied(trainer, module, held)
-                self._write(trainer, self.result)
+                try:
+                    self.result = self._studied(trainer, module, held)
+                finally:  # samples that are left out may be why it fails
+                    self._complain(held)
+                if can_log(trainer):
+                    self._write(trainer, self.result)
+
+    def _complain(self, held: list[HeldBatch]) -> None:
+        said = None if self._complained else complaint(type(self).__name__, held)
+        if said is not None:
+            self._complained = True
+            rank_zero_warn(said)
 
     def _studied(self, trainer: Trainer, module: LightningModule, held: list[HeldBatch]) -> HeadStudy:
         around = trainer.precision_plugin.val_step_context

@@ -10,7 +10,7 @@ from torch import Tensor
 from attn_callbacks._checks import at_least, in_range
 from attn_callbacks.functional.vitals import VITALS
 
-__all__ = ["HealthAlert", "HealthThresholds", "health_alerts"]
+__all__ = ["HealthAlert", "HealthThresholds", "dead_alert", "health_alerts", "is_whole", "seems_dead"]
 
 _ROWS, _ENTROPY, _CONFIDENCE, _KEY_MASS, _MAX_LOGIT = range(len(VITALS))
 
@@ -39,7 +39,7 @@ class HealthThresholds:
             of its layer is not (heuristic) ...
         key_mass: ... or if one key has more than this share of its weight in every sample, which was not so at the
             first look: what it puts out does not depend on the query (heuristic) ...
-        dead_looks: ... in so many looks one after the other.
+        dead_looks: ... in so many looks one after the other; ``None``: dead heads raise no alarm.
         drift: A head changed suddenly if its normalised entropy moved by more than this from one look to the next
             (heuristic) ...
         drift_ratio: ... and so many times as far as in the median of its last moves, of which ``looks / 2`` must be
@@ -59,7 +59,7 @@ class HealthThresholds:
     saturated_share: float = 0.5
     uniform: float = 0.999
     key_mass: float = 0.99
-    dead_looks: int = 20
+    dead_looks: int | None = 20
     drift: float = 0.3
     drift_ratio: float = 5.0
     looks: int = 10
@@ -69,7 +69,8 @@ class HealthThresholds:
             in_range(name, getattr(self, name), 0.0, 1.0)
         for name in ("max_logit", "logit_growth", "least_growing_logit", "drift_ratio"):
             in_range(name, getattr(self, name), 0.0, float("inf"))
-        at_least("dead_looks", self.dead_looks, 1)
+        if self.dead_looks is not None:
+            at_least("dead_looks", self.dead_looks, 1)
         at_least("looks", self.looks, 2)
 
 
@@ -100,7 +101,8 @@ def health_alerts(
 
     Args:
         now: Vitals of this look.
-        recent: Those of the looks before, oldest first.
+        recent: Those of the looks before, oldest first; looks that did not measure every head, or that were not
+            finite, are passed over.
         first: Those of the first look of the run.
         thresholds: When to raise an alarm; ``None`` takes the defaults.
 
@@ -126,6 +128,7 @@ def health_alerts(
         return (HealthAlert("not_finite", broken, torch.nan, torch.inf, "attention is not finite"),)
     if not bool(measured.all()):
         return ()
+    recent = recent[is_whole(recent)]
     found = [
         _collapse(now, recent, limits),
         *_logits(now, recent, limits),
@@ -134,6 +137,40 @@ def health_alerts(
         _drift(now, recent, limits),
     ]
     return tuple(alert for alert in found if alert is not None)
+
+
+def is_whole(looks: Tensor) -> Tensor:
+    """Tell which looks ``(..., heads, vitals)`` measured every head and found it finite: bool ``(...)``."""
+    finite = looks[..., [_ENTROPY, _CONFIDENCE]].isfinite().all(dim=-1) & (looks[..., _MAX_LOGIT] < torch.inf)
+    return (finite & (looks[..., _ROWS] > 0)).all(dim=-1)
+
+
+def seems_dead(looks: Tensor, first: Tensor, limits: HealthThresholds) -> Tensor:
+    """Tell which heads average all tokens, and which take one key: bool ``(..., 2, heads)``."""
+    stuck = (looks[..., _KEY_MASS] > limits.key_mass) & ~(first[:, _KEY_MASS] > limits.key_mass)
+    return torch.stack([looks[..., _ENTROPY] > limits.uniform, stuck], dim=-2)
+
+
+def dead_alert(now: Tensor, runs: Tensor, limits: HealthThresholds) -> HealthAlert | None:
+    """Tell of dead heads.
+
+    Args:
+        now: Vitals of this look, ``(heads, vitals)``.
+        runs: In how many looks one after the other, this one included, they seemed dead: ``(2, heads)``, the count of
+            what `seems_dead` returns.
+        limits: When to raise an alarm.
+    """
+    if limits.dead_looks is None:
+        return None
+    uniform, stuck = runs >= limits.dead_looks
+    heads = _numbers(uniform & ~(now[:, _ENTROPY] > limits.uniform).all() | stuck)
+    if not heads:
+        return None
+    text = (
+        f"heads {', '.join(map(str, heads))} averaged all tokens, or took one key whatever the query, in "
+        f"{limits.dead_looks} looks"
+    )
+    return HealthAlert("dead", heads, float(limits.dead_looks), float(limits.dead_looks), text)
 
 
 def _collapse(now: Tensor, recent: Tensor, limits: HealthThresholds) -> HealthAlert | None:
@@ -172,18 +209,8 @@ def _saturated(now: Tensor, first: Tensor, limits: HealthThresholds) -> HealthAl
 
 
 def _dead(now: Tensor, recent: Tensor, first: Tensor, limits: HealthThresholds) -> HealthAlert | None:
-    if len(recent) < limits.dead_looks - 1:
-        return None
-    looks = torch.cat([recent[len(recent) - limits.dead_looks + 1 :], now[None]])
-    is_uniform = looks[..., _ENTROPY] > limits.uniform
-    uniform = is_uniform.all(dim=0) & ~is_uniform[-1].all()
-    stuck = (looks[..., _KEY_MASS] > limits.key_mass).all(dim=0) & ~(first[:, _KEY_MASS] > limits.key_mass)
-    heads = _numbers(uniform | stuck)
-    if not heads:
-        return None
-    names = ", ".join(map(str, heads))
-    text = f"heads {names} averaged all tokens, or took one key whatever the query, in {len(looks)} looks"
-    return HealthAlert("dead", heads, float(len(looks)), float(limits.dead_looks), text)
+    seeming = seems_dead(torch.cat([recent, now[None]]), first, limits)
+    return dead_alert(now, seeming.long().flip(0).cumprod(dim=0).sum(dim=0), limits)
 
 
 def _drift(now: Tensor, recent: Tensor, limits: HealthThresholds) -> HealthAlert | None:

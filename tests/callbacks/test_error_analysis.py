@@ -244,12 +244,12 @@ def _share(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     sums, worst = _filled(range(rank, 6, 2), is_distributed=True)
-    layers, found = sums.conclude(torch.device("cpu"), failed=False) or ((), None)
+    layers, found = sums.conclude(torch.device("cpu"), failure=None) or ((), None)
     entries = worst_of_all(worst.entries(), 3, is_distributed=True)
     failing = ErrorSums(is_distributed=True)
     told = ""
     try:
-        failing.conclude(torch.device("cpu"), failed=rank == 1)
+        failing.conclude(torch.device("cpu"), failure="ValueError: no" if rank == 1 else None)
     except RuntimeError as error:
         told = str(error)
     scores = [(float(entry["score"]), int(entry["batch"])) for entry in entries]
@@ -273,7 +273,7 @@ def _filled(batches: Any, *, is_distributed: bool) -> tuple[ErrorSums, WorstSamp
 def test_two_processes_are_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
     sums, worst = _filled(range(6), is_distributed=False)
-    layers, expected = sums.conclude(torch.device("cpu"), failed=False) or ((), None)
+    layers, expected = sums.conclude(torch.device("cpu"), failure=None) or ((), None)
     assert expected is not None
     for rank in range(2):
         names, found, scores, told = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
@@ -281,7 +281,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other)
         assert scores == [(float(entry["score"]), int(entry["batch"])) for entry in worst.entries()]
-        assert "could not measure all of its data" in told
+        assert told == "A process could not measure all of its data. ValueError: no"
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ def test_the_time_is_up(tmp_path: Path) -> None:
     short = HeadImportance(seconds=1e-6)
     fit(Classifier(Bert()), quiet_trainer(tmp_path, [short], logger=board_logger(tmp_path)))
     text = events(tmp_path / "board").Tensors("importance/summary/text_summary")[-1]
-    assert "The time was up before all was measured: importance." in text.tensor_proto.string_val[0].decode()
+    assert "The time was up before all was measured: importance, pruning." in text.tensor_proto.string_val[0].decode()
 
 
 def test_what_cannot_be_done_is_told_and_training_goes_on(tmp_path: Path) -> None:
