@@ -7,7 +7,7 @@ from torch import Tensor
 from attn_callbacks.analysis._budget import Budget
 from attn_callbacks.analysis._experiment import HeadExperiment
 
-__all__ = ["ALL_NAN", "check_heads", "check_reached"]
+__all__ = ["ALL_NAN", "NoLossError", "check_heads", "check_reached"]
 
 ALL_NAN = (
     "The loss of every sample is NaN, which stands for those that do not count, so nothing can be said about any head."
@@ -22,6 +22,10 @@ _NO_GRADIENT = (
 )
 _MARGIN = 4.0  # all heads off have to change losses by that many times what two unchanged runs differ by
 _AGAIN = 2  # more unchanged runs, where two differ
+
+
+class NoLossError(ValueError):
+    """No sample counts: every loss is NaN."""
 
 
 def check_heads(experiment: HeadExperiment, budget: Budget, first: Tensor | None = None) -> None:
@@ -51,7 +55,7 @@ def check_heads(experiment: HeadExperiment, budget: Budget, first: Tensor | None
         if moved <= _MARGIN * noise:
             raise RuntimeError(_noise(noise, moved))
         return
-    raise RuntimeError(_NO_CHANGE) if is_known else ValueError(ALL_NAN)
+    raise RuntimeError(_NO_CHANGE) if is_known else NoLossError(ALL_NAN)
 
 
 def check_reached(gradients: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attn_callbacks._plain import plain
 from attn_callbacks.analysis._budget import Budget, Progress
 from attn_callbacks.analysis._confidence import Confidence
-from attn_callbacks.analysis._doubts import ALL_NAN, check_reached
+from attn_callbacks.analysis._doubts import ALL_NAN, NoLossError, check_reached
 from attn_callbacks.analysis._experiment import HeadExperiment
 from attn_callbacks.analysis._moments import SampleMoments
 from attn_callbacks.analysis._table import HeadTable
@@ -142,7 +142,7 @@ class _Sums:
     def result(self, table: HeadTable, *, is_complete: bool) -> GateImportance:
         """Conclude."""
         if not int(self._losses.samples):
-            raise ValueError(ALL_NAN)
+            raise NoLossError(ALL_NAN)
         (sizes, size_error), (signed, signed_error), (sure, sure_error) = (self._of(table, n) for n in range(3))
         check_reached(sizes)
         return GateImportance(

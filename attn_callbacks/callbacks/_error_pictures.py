@@ -78,7 +78,8 @@ def sample_picture(
     """
     maps = [(layer, head, sample.maps[result.layer_names[layer]][head]) for layer, head in heads
             if head < len(sample.maps.get(result.layer_names[layer], ()))]  # fmt: skip
-    shown = [each for each in maps if each[2].shape == maps[0][2].shape] or [(0, 0, torch.zeros(1, 1))]
+    known = [each for each in maps if each[2].numel()]  # a sample may have no token
+    shown = [each for each in known if each[2].shape == known[0][2].shape] or [(0, 0, torch.zeros(1, 1))]
     stacked = torch.stack([each[2] for each in shown]).float().numpy()
     queries, keys = stacked.shape[1:]
     labels = list(sample.labels)

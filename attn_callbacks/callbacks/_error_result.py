@@ -143,6 +143,8 @@ class ErrorAnalysisResult:
     def ranking(self, most: int) -> list[tuple[int, int]]:
         """Return layers and heads by what differs most in them: those beyond chance first, then by size."""
         size = self.outcome.g.abs().nan_to_num(-1.0)
+        if not size.numel():
+            return []
         known = size + torch.where(self.outcome_p < LEVEL, size.max().clamp_min(0.0) + 1, 0.0)
         best = known.amax(dim=-1)
         order: list[int] = best.flatten().argsort(descending=True, stable=True).tolist()

@@ -21,7 +21,7 @@ def error_scalars(result: ErrorAnalysisResult) -> dict[str, float]:
     return {
         "errors/rate": result.error_rate,
         "errors/heads": float(len({(each.layer, each.head) for each in result.differences()})),
-        "errors/largest_effect": float(result.outcome.g.abs().nan_to_num(0.0).max()),
+        "errors/largest_effect": max(result.outcome.g.abs().nan_to_num(0.0).flatten().tolist(), default=0.0),
     }
 
 

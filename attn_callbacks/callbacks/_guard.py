@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from attn_callbacks._lightning import rank_zero_warn
 
-__all__ = ["Guard", "message"]
+__all__ = ["Guard", "message", "told"]
 
 
 class Guard:
@@ -25,6 +25,12 @@ class Guard:
     def __init__(self, owner: str) -> None:
         self.off = False
         self._owner = owner
+        self._first = ""
+
+    @property
+    def cause(self) -> str | None:
+        """What switched the owner off, for other processes to be told; ``None`` while it is on."""
+        return (self._first or "It was switched off before.") if self.off else None
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -33,9 +39,13 @@ class Guard:
             yield
         except Exception as error:  # noqa: BLE001
             if not self.off:
-                self.off = True
-                kind = type(error).__name__
-                rank_zero_warn(f"{self._owner} is switched off for the rest of this run. {kind}: {message(error)}")
+                self.off, self._first = True, told(error)
+                rank_zero_warn(f"{self._owner} is switched off for the rest of this run. {self._first}")
+
+
+def told(error: Exception) -> str:
+    """Return the kind of an error and what it says."""
+    return f"{type(error).__name__}: {message(error)}"
 
 
 def message(error: Exception) -> str:

@@ -47,7 +47,7 @@ class HealthRecord:
         for layer, now in vitals.items():
             told += [(layer, alert) for alert in self._alerts(layer, now) if self._is_new(layer, alert)]
         self._active = {key: quiet for key, quiet in self._active.items() if quiet < self._thresholds.looks}
-        self.events += len(told)
+        self.events += sum(alert.kind != "dead" for _, alert in told)  # no reason to stop a run
         return told
 
     def state_dict(self) -> dict[str, Any]:

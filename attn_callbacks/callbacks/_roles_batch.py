@@ -67,7 +67,7 @@ class RoleReader:
         self._tokens: Tensor | None = tokens if is_ids else None
         self._valid = self._schema.flags("valid", batch)
         self._shape = tuple(image.shape[-2:]) if isinstance(image, Tensor) and image.dim() == 4 else None
-        self._size, self._seed, self._has_encoder = self._schema.size(batch), number, False
+        self._size, self._seed = self._schema.size(batch), number
         return self._size
 
     def maps(self, call: AttentionCall) -> RowMaps:
@@ -81,10 +81,8 @@ class RoleReader:
 
     def scores(self, call: AttentionCall, maps: RowMaps) -> PatternScores:
         """Score every head for every role, ``(samples, heads, roles)``; windows and crops of a sample are averaged."""
-        own_tokens = not (call.is_causal and self._has_encoder)  # a decoder has tokens that the batch may not show
-        self._has_encoder |= call.is_cross or not call.is_causal
         tokens, keys = self._tokens, maps.weights.shape[-1]
-        if tokens is None or not own_tokens or tokens.shape != (len(maps.weights), keys):
+        if tokens is None or call.is_decoder or tokens.shape != (len(maps.weights), keys):
             tokens = None
         special, separator = (None if tokens is None else _among(tokens, ids) for ids in self._ids)
         grid = self._grid

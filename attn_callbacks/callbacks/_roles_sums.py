@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from attn_callbacks.callbacks._guard import told
 from attn_callbacks.callbacks._host import to_host
 from attn_callbacks.callbacks._processes import are_connected, from_all_processes
 from attn_callbacks.functional.patterns import PatternScores
@@ -33,14 +34,14 @@ class RoleSums:
         self._layers[layer].update(0, scores)
 
     def conclude(
-        self, device: torch.device, drift: Mapping[str, Tensor], *, failed: bool
+        self, device: torch.device, drift: Mapping[str, Tensor], *, failure: str | None
     ) -> tuple[HeadRolesResult, Tensor] | None:
         """Return what all processes measured together, and start anew. Every process must call it.
 
         Args:
             device: Where this process computes.
             drift: Drift of the heads of each layer that this process knows, ``(heads,)``, on the CPU.
-            failed: This process could not measure all of its data.
+            failure: Why this process could not measure all of its data, if so.
 
         Returns:
             Roles, and drift ``(layers, heads)``, NaN where it is not known; the same on all processes, on the CPU.
@@ -49,21 +50,28 @@ class RoleSums:
         Raises:
             RuntimeError: On all processes, if one of them failed: half a result would be taken for a whole one.
         """
-        states = [state[0].to(device) for metric in self._layers.values() for state in (metric.moments, metric.wins)]
-        own = to_host(states)
-        for metric in self._layers.values():
-            metric.reset()
-        pairs = zip(own[::2], own[1::2], strict=True)
-        shares = from_all_processes(
-            (failed, dict(zip(self._layers, pairs, strict=True)), dict(drift)), is_distributed=self._is_distributed
-        )
-        if any(failed for failed, _, _ in shares):
-            raise RuntimeError("A process could not measure all of its data.")
+        held: dict[str, tuple[Tensor, Tensor]] = {}
+        try:
+            held = self._taken_out(device)
+        except Exception as error:  # noqa: BLE001  # the others wait for this process: it has to come, and say so
+            failure = failure or told(error)
+        shares = from_all_processes((failure, held, dict(drift)), is_distributed=self._is_distributed)
+        failures = [share[0] for share in shares if share[0] is not None]
+        if failures:
+            raise RuntimeError(f"A process could not measure all of its data. {failures[0]}")
         layers = dict.fromkeys(layer for _, held, _ in shares for layer in held)
         if not layers:
             return None
         found = _together(tuple(layers), [held for _, held, _ in shares])
         return found, _spread({layer: moved for _, _, known in shares for layer, moved in known.items()}, found)
+
+    def _taken_out(self, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return sums of scores and wins of each layer on the CPU, and start anew."""
+        states = [state[0].to(device) for metric in self._layers.values() for state in (metric.moments, metric.wins)]
+        own = to_host(states)
+        for metric in self._layers.values():
+            metric.reset()
+        return dict(zip(self._layers, zip(own[::2], own[1::2], strict=True), strict=True))
 
 
 def _together(layers: tuple[str, ...], shares: list[dict[str, tuple[Tensor, Tensor]]]) -> HeadRolesResult:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,6 @@ from attn_callbacks.callbacks._alignment_log import (
 )
 from attn_callbacks.callbacks._alignment_pairs import Pair, pairs_of
 from attn_callbacks.callbacks._alignment_sums import AlignmentSums
-from attn_callbacks.callbacks._guard import message
 from attn_callbacks.callbacks._loggers import can_log, log_point, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._samples import find_tokenizer
@@ -136,7 +135,6 @@ class AlignmentMonitor(ValidationObserver):
         self._recorder: QuietRecorder | None = None
         self._tokenizer: Any = None
         self._monitored: dict[str, float] = {}
-        self._failure: str | None = None
         self._clear()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,15 +166,6 @@ class AlignmentMonitor(ValidationObserver):
         tags = (*(GOLD_TAGS if self.sure is not None else ()), *SHAPE_TAGS)
         return dict.fromkeys(tags, np.nan) if self._fitting else {}
 
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        with self._guard.block():
-            try:
-                yield
-            except Exception as error:
-                self._failure = self._failure or f"{type(error).__name__}: {message(error)}"  # for other processes
-                raise
-
     def _detach(self) -> None:
         super()._detach()
         self._clear()
@@ -185,7 +174,6 @@ class AlignmentMonitor(ValidationObserver):
         self._recorder = self._tokenizer = None
         self._sums = AlignmentSums(self.method)
         self._told = False
-        self._failure = None
         self._forget()
 
     def _forget(self) -> None:
@@ -218,7 +206,7 @@ class AlignmentMonitor(ValidationObserver):
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         result, scalars = None, {}
         with self._guarded():
-            failure = self._failure or "It was switched off." if self._guard.off else None
+            failure = self._guard.cause
             result = self._sums.conclude(trainer.strategy.root_device, failure=failure)
             if result is not None:
                 self.result, scalars = result, alignment_scalars(result)

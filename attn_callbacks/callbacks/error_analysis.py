@@ -16,7 +16,7 @@ from attn_callbacks._checks import at_least, name_list, one_of
 from attn_callbacks._lightning import rank_zero_warn
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._class_labels import label_complaint
-from attn_callbacks.callbacks._error_exchange import Counts, count_samples, exchanged, told
+from attn_callbacks.callbacks._error_exchange import Counts, count_samples, exchanged
 from attn_callbacks.callbacks._error_gallery import WorstSamples
 from attn_callbacks.callbacks._error_outcome import Outcome, read_outcome, sample_fields
 from attn_callbacks.callbacks._error_pictures import error_drawings, read_entry
@@ -114,14 +114,13 @@ class ErrorAnalysis(ValidationObserver):
         self._recorder: QuietRecorder | None = None
         self._tokenizer: Any = None
         self._is_distributed = self._has_logits = self._complained = False
-        self._failure: str | None = None  # what other processes are told
         self._classes = 0
         self._generator = torch.Generator()
         self._clear()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         check_frames(self.frames, trainer, type(self).__name__)
-        self.result, self._failure = None, None
+        self.result = None
         self._has_logits = self._complained = False
         self._is_distributed = are_connected(trainer.world_size)
         self._recorder = QuietRecorder(module, self.layers, self._measure, self._guard)
@@ -142,15 +141,6 @@ class ErrorAnalysis(ValidationObserver):
     def _begin(self, trainer: Trainer) -> None:
         self._clear()
         self._generator.manual_seed(self.seed + 1_000_003 * trainer.global_step + trainer.global_rank)
-
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
-        with super()._guarded():
-            try:
-                yield
-            except Exception as error:
-                self._failure = self._failure or told(error)
-                raise
 
     def _watch(self, batch: Any) -> AbstractContextManager[Any]:
         sets = {name: self.schema.flags(name, batch) for name in self.schema.token_sets}
@@ -213,7 +203,7 @@ class ErrorAnalysis(ValidationObserver):
         self._clear()
 
     def _concluded(self, trainer: Trainer) -> ErrorAnalysisResult | None:
-        failure = (self._failure or "It was switched off.") if self._guard.off else None
+        failure = self._guard.cause
         device, together = trainer.strategy.root_device, self._is_distributed
         known = exchanged(self._sums, self._counts, self._galleries, device, failure=failure, is_distributed=together)
         if known is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attn_callbacks._checks import at_least, check_number, name_list, one_of
 from attn_callbacks._lightning import rank_zero_warn
+from attn_callbacks.analysis._doubts import NoLossError
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._bias_names import is_sharded
 from attn_callbacks.callbacks._held_batches import HeldBatch, complaint, hold
@@ -125,16 +126,20 @@ class HeadImportance(ValidationObserver):
         held, self._held = self._held, []
         if held and not self._guard.off:
             with self._guarded():
+                found = None
                 try:
-                    self.result = self._studied(trainer, module, held)
+                    found = self._studied(trainer, module, held)
+                except NoLossError as error:  # the next validation may know better
+                    self._say(f"`HeadImportance` leaves this validation out. {error}")
                 finally:  # samples that are left out may be why it fails
-                    self._complain(held)
-                if can_log(trainer):
-                    self._write(trainer, self.result)
+                    self._say(complaint(type(self).__name__, held))
+                if found is not None:
+                    self.result = found
+                    if can_log(trainer):
+                        self._write(trainer, found)
 
-    def _complain(self, held: list[HeldBatch]) -> None:
-        said = None if self._complained else complaint(type(self).__name__, held)
-        if said is not None:
+    def _say(self, said: str | None) -> None:
+        if said is not None and not self._complained:
             self._complained = True
             rank_zero_warn(said)
 

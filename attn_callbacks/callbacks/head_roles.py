@@ -17,7 +17,7 @@ from attn_callbacks.analysis.clusters import HeadClusters
 from attn_callbacks.analysis.pattern_probe import PatternProbeResult
 from attn_callbacks.batch import BatchSchema
 from attn_callbacks.callbacks._agreed import log_monitored
-from attn_callbacks.callbacks._loggers import log_point, log_text, with_epoch
+from attn_callbacks.callbacks._loggers import can_log, log_point, log_text, with_epoch
 from attn_callbacks.callbacks._observer import ValidationObserver
 from attn_callbacks.callbacks._roles_batch import RoleReader, id_list, token_ids
 from attn_callbacks.callbacks._roles_extras import RoleExtras
@@ -34,6 +34,7 @@ from attn_callbacks.callbacks._roles_sums import RoleSums
 from attn_callbacks.callbacks._roles_timeline import RoleChange, RoleTimeline
 from attn_callbacks.callbacks._samples import find_tokenizer
 from attn_callbacks.callbacks._watch import QuietRecorder
+from attn_callbacks.callbacks._writer import BackgroundWriter
 from attn_callbacks.capture import AttentionCall, call_name
 from attn_callbacks.metrics.roles import HeadRolesResult
 
@@ -57,12 +58,12 @@ class HeadRoles(ValidationObserver):
     than a quarter of the sequence) and ``roles/drift``. With scipy also ``roles/clusters`` (distances in the order of
     their tree), ``roles/cluster_layout`` (heads in a plane) and ``roles/redundant`` (pairs that look alike).
     ``attention/head_roles.csv`` in the run's folder has a row a head. The numbers are in ``result``, ``drift``,
-    ``changes``, ``timeline`` and ``head_clusters``.
+    ``changes``, ``timeline`` and ``head_clusters``, also without a logger.
 
     Drift is the Jensen-Shannon distance of a head to itself at the last look, on fixed samples, from 0 to 1. Their
-    weights stay on the CPU from one look to the next, as float32 and at most 8 MiB a layer (twice that while two looks
-    are compared); of longer sequences as many rows as fit. A loader that shuffles has no fixed samples: that is told.
-    With several processes they are those of the first one. A checkpoint keeps the timeline, not these weights.
+    weights stay on the CPU as float32, at most 8 MiB a layer (twice that while two looks are compared): of longer
+    sequences some rows, or fewer samples. A loader that shuffles has no fixed samples: that is told. With several
+    processes they are those of the first one. A checkpoint keeps the timeline, not these weights.
 
     Args:
         schema: Where a batch has what; the default reads ``(x, y)`` and Hugging Face batches. Token ids are needed for
@@ -89,6 +90,8 @@ class HeadRoles(ValidationObserver):
         HeadRoles(special=(101, 102), separator=(102,))
     """
 
+    _needs_logger = False  # the result is there without one
+
     def __init__(
         self,
         schema: BatchSchema | None = None,
@@ -105,6 +108,7 @@ class HeadRoles(ValidationObserver):
         probe_vocabulary: int | None = None,
     ) -> None:
         super().__init__(schema, every_n_epochs, every_n_batches)
+        self._writer = BackgroundWriter(self._guard)
         self.layers = None if layers is None else name_list("layers", layers)
         self.special, self.separator = id_list("special", special), id_list("separator", separator)
         self.grid = id_list("grid", grid)
@@ -160,6 +164,7 @@ class HeadRoles(ValidationObserver):
         self._sums = RoleSums(trainer.world_size)
         self._memory = HeadMemory(self.drift_samples if trainer.is_global_zero else 0)
         self._monitored = dict.fromkeys(MONITORED, np.nan) if self._fitting else {}
+        self.result = self.drift = self.head_clusters = self.probe = None
         if self._fitting:
             self._history = RoleTimeline(self.margin)  # a checkpoint is read after this
         tokenizer = find_tokenizer(module, trainer)
@@ -168,7 +173,7 @@ class HeadRoles(ValidationObserver):
         grid = None if self.grid is None else (self.grid[0], self.grid[1], self.grid[2])
         self._reader = RoleReader(self.schema, special, separator, grid, self.rows)
         if trainer.is_global_zero:
-            clusters = self.clusters if self.drift_samples else False
+            clusters = self.drift_samples > 0 and self.clusters
             self._extras = RoleExtras(trainer, self.layers, clusters, self.probe_vocabulary)
 
     def _detach(self) -> None:
@@ -177,8 +182,7 @@ class HeadRoles(ValidationObserver):
         self._clear()
 
     def _clear(self) -> None:
-        self._sums, self._memory = RoleSums(), HeadMemory(0)
-        self._seen, self._told = 0, False
+        self._sums, self._memory, self._seen, self._told = RoleSums(), HeadMemory(0), 0, False
 
     def _begin(self, trainer: Trainer) -> None:
         self._seen = 0
@@ -189,7 +193,7 @@ class HeadRoles(ValidationObserver):
             return nullcontext()
         size = self._reader.read(batch, self._seen)
         found = (self.schema.read(name, batch) for name in ("tokens", "image", "inputs"))
-        self._memory.see(size, next((part for part in found if isinstance(part, Tensor)), None))
+        self._memory.see(size, next((part for part in found if isinstance(part, Tensor) and part.dim()), None))
         self._seen += 1
         return self._recorder.watch()
 
@@ -201,17 +205,17 @@ class HeadRoles(ValidationObserver):
         self._memory.take(layer, maps)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
-        moved: dict[str, Tensor] = {}
-        result, changes = None, []
+        moved, result, changes, known = {}, None, [], {}
         with self._guarded(), torch.inference_mode(False), torch.no_grad():
             moved = self._memory.drift()
         with self._guarded(), torch.inference_mode(False), torch.no_grad():
-            found = self._sums.conclude(trainer.strategy.root_device, moved, failed=self._guard.off)
+            found = self._sums.conclude(trainer.strategy.root_device, moved, failure=self._guard.cause)
             if found is not None:
                 result, drift = self.result, self.drift = found
-                self._monitored |= monitored_scalars(result, drift)
+                known = monitored_scalars(result, drift)
                 if self._fitting:
                     changes = self._history.add(trainer.current_epoch, trainer.global_step, result, drift)
+        self._monitored = {**dict.fromkeys(MONITORED if self._fitting else (), np.nan), **known}
         if self._memory.shuffled and not self._told:
             self._told = True
             rank_zero_warn("`HeadRoles` knows no drift: the validation loader gives other samples, or another order.")
@@ -224,13 +228,14 @@ class HeadRoles(ValidationObserver):
     ) -> None:
         if self.drift is None or self._extras is None:
             return
-        timeline = self._history if self._fitting else None
-        title = f"epoch {trainer.current_epoch}"
-        drawn = role_pictures(result, self.drift, timeline, self._history.sure, title)
-        # in `trainer.validate` Lightning writes what is monitored: what it returns is what it logs
-        scalars = {**share_scalars(result), **(monitored_scalars(result, self.drift) if self._fitting else {})}
         found = self._extras.find(self._memory, module)
         self.head_clusters, self.probe = self._extras.clusters, self._extras.probe
+        if not can_log(trainer):
+            return
+        timeline = self._history if self._fitting else None
+        drawn = role_pictures(result, self.drift, timeline, self._history.sure, f"epoch {trainer.current_epoch}")
+        # in `trainer.validate` Lightning writes what is monitored: what it returns is what it logs
+        scalars = {**share_scalars(result), **(monitored_scalars(result, self.drift) if self._fitting else {})}
         pictures = {tag: self._writer.submit(draw) for tag, draw in {**drawn, **found.pictures}.items()}
         log_point(trainer, self._writer, self._folder, pictures, with_epoch(trainer, {**scalars, **found.scalars}))
         told = change_text(changes, self._history.unsure_changes() if self._fitting else 0)
@@ -238,6 +243,5 @@ class HeadRoles(ValidationObserver):
             if text:
                 log_text(trainer, tag, text)
         if self._folder is not None:
-            path = self._folder / "attention" / "head_roles.csv"
-            append = partial(append_roles, path, trainer.current_epoch, trainer.global_step, result, self.drift)
-            self._writer.submit(append)
+            at = self._folder / "attention" / "head_roles.csv", trainer.current_epoch, trainer.global_step
+            self._writer.submit(partial(append_roles, *at, result, self.drift))

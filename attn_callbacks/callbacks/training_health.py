@@ -44,10 +44,10 @@ class TrainingHealth(ArgumentsOnly, Callback):
     exactly is in :class:`~attn_callbacks.functional.health.HealthThresholds`. Each event is told once, as a warning and
     as text ``health/alert`` for loggers that take some; ``found`` lists step, layer and alert of this run.
 
-    Logs ``health/alerts`` (how many events there were so far), ``health/entropy_min`` (mean normalised entropy of the
-    heads of the layer that has the lowest) and ``health/max_logit`` at every look. To callbacks that monitor they are
-    given at the end of validations and training epochs:
-    ``EarlyStopping("health/alerts", mode="min", divergence_threshold=0.5, patience=1000)`` stops at the first event.
+    Logs ``health/alerts`` (how many events there were so far; dead heads, no reason to stop, are told and not counted),
+    ``health/entropy_min`` (mean normalised entropy of the heads of the layer that has the lowest) and
+    ``health/max_logit`` at every look. To callbacks that monitor they are given at the end of validations and training
+    epochs: ``EarlyStopping("health/alerts", mode="min", divergence_threshold=0.5, patience=1000)`` stops at the first.
 
     A step that is looked at runs compiled modules eagerly and ends in one copy to the host, with several processes also
     in one exchange between them, of which all then know the same. The other steps cost one comparison.

@@ -266,9 +266,9 @@ def _half_uniform(n: int) -> float:
 def test_long_sequences_keep_some_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_roles_memory, "LAYER_BYTES", 8 * HEADS * LENGTH * 4 * 3)  # three rows of eight samples
     sizes: list[tuple[int, ...]] = []
-    on_host = _roles_memory._Kept.on_host
+    alone = _roles_memory._Kept.alone
     monkeypatch.setattr(
-        _roles_memory._Kept, "on_host", lambda kept: sizes.append(tuple(kept.weights.shape)) or on_host(kept)
+        _roles_memory._Kept, "alone", lambda kept: sizes.append(tuple(kept.weights.shape)) or alone(kept)
     )
     roles = run(Classifier(Bert(), lr=0.01), tmp_path, 2)
     assert set(sizes) == {(8, HEADS, 3, LENGTH)}
@@ -452,13 +452,13 @@ def one_of_two(rank: int, folder: str) -> None:
     if rank:
         sums.add("second", some_scores(7, 2))
     drift = {} if rank else {"first": torch.tensor([0.1, 0.2, 0.3])}
-    torch.save(sums.conclude(device, drift, failed=False), f"{folder}/{rank}.pt")
+    torch.save(sums.conclude(device, drift, failure=None), f"{folder}/{rank}.pt")
     failed = ""
     try:
-        sums.conclude(device, {}, failed=rank == 1)
+        sums.conclude(device, {}, failure="ValueError: no" if rank else None)
     except RuntimeError as error:
         failed = str(error)
-    assert failed == "A process could not measure all of its data."
+    assert failed == "A process could not measure all of its data. ValueError: no"
     dist.destroy_process_group()
 
 
@@ -470,7 +470,7 @@ def test_two_processes_conclude_what_one_does(tmp_path: Path) -> None:
     alone = RoleSums()
     for layer, seed, samples in (("first", 0, 4), ("first", 1, 5), ("second", 7, 2)):
         alone.add(layer, some_scores(seed, samples))
-    expected, _ = alone.conclude(torch.device("cpu"), {}, failed=False)
+    expected, _ = alone.conclude(torch.device("cpu"), {}, failure=None)
     for found in (one, other):
         assert found.layer_names == expected.layer_names == ("first", "second")
         assert torch.equal(found.wins, expected.wins)
