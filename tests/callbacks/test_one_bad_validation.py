@@ -21,9 +21,7 @@ class BrokenAtFirst(Classifier):
 
 def test_importance_goes_on_after_a_validation_without_a_loss(tmp_path: Path) -> None:
     importance = HeadImportance(batches=1)
-    with pytest.warns(
-        UserWarning, match="leaves this validation out. The loss of every sample is NaN"
-    ):
+    with pytest.warns(UserWarning, match="leaves this validation out. The loss of every sample is NaN"):
         fit(BrokenAtFirst(), quiet_trainer(tmp_path, [importance], logger=csv_logger(tmp_path), max_epochs=2))
     assert importance.result is not None
     assert importance.result.epoch == 1
