@@ -212,7 +212,10 @@ class AlignmentMonitor(ValidationObserver):
                 self.result, scalars = result, alignment_scalars(result)
         if result is None and not self._guard.off and not self._told:
             self._told = True
-            rank_zero_warn("`AlignmentMonitor` saw no cross-attention. Name `layers` and pass `cross_only=False`.")
+            rank_zero_warn(
+                "`AlignmentMonitor` saw no cross-attention, which an encoder or a decoder alone does not have: leave "
+                "it out. Where one sequence holds source and target, name `layers` and pass `cross_only=False`."
+            )
         self._monitored = self._unknown() | scalars
         if result is not None and trainer.is_global_zero and can_log(trainer):
             with self._guarded():
