@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,7 @@ import pytest
 
 from attn_callbacks.metrics import HeadStatisticsMetric
 from tests.callbacks.distributed_script import FAILING, LAYERS, ROUNDS, layer_batch, main
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.callbacks.processes import run_on_two
 
 pytestmark = pytest.mark.ddp
 
@@ -29,23 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a run on one process and of one on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     main(one, 1)
-    command = [sys.executable, "-m", "tests.callbacks.distributed_script", str(two), "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the process that Lightning started too
-        pytest.fail("The processes wait for one another.")
-    assert process.returncode == 0, output
+    run_on_two("tests.callbacks.distributed_script", two)
     return one, two
 
 

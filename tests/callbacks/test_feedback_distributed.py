@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +10,8 @@ import pytest
 
 from tests.callbacks.feeding import CASES
 from tests.callbacks.feeding_script import main
+from tests.callbacks.processes import run_on_two
 
-ROOT = Path(__file__).resolve().parents[2]
 DRAWS = {"MaskRandomization", "AdversarialTraining", "FeatureRegularization", "EnsembleFeedback"}
 """Each process exchanges regions, or attacks a batch, among its own samples: no run on one process is the same."""
 
@@ -30,18 +25,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Result, R
     """What one process found, and each of two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     main(one, 1)
-    command = [sys.executable, "-m", "tests.callbacks.feeding_script", str(two), "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the process that Lightning started too
-        pytest.fail("The processes wait for one another.")
-    assert process.returncode == 0, output
+    run_on_two("tests.callbacks.feeding_script", two, seconds=400)
     paths = (one / "feeding0.json", two / "feeding0.json", two / "feeding1.json")
     return tuple(json.loads(path.read_text()) for path in paths)  # type: ignore[return-value]
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,7 @@ import numpy as np
 import pytest
 
 from tests.callbacks.heads_script import main
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.callbacks.processes import run_on_two
 
 pytestmark = pytest.mark.ddp
 
@@ -25,16 +20,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a run on one process and of one on two."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
     main(one, 1)
-    command = [sys.executable, "-m", "tests.callbacks.heads_script", str(two), "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
-    try:
-        output, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the process that Lightning started too
-        pytest.fail("The processes wait for one another.")
-    assert process.returncode == 0, output
+    run_on_two("tests.callbacks.heads_script", two)
     return one, two
 
 

@@ -52,6 +52,14 @@ def test_dead_heads_are_counted_over_a_checkpoint_and_an_overflow() -> None:
     assert told(second, [CALM] * 4 + [UNIFORM] * 30)[-2:] == [[], ["dead"]]
 
 
+def test_dead_heads_are_told_and_stop_no_run() -> None:
+    record = HealthRecord(HealthThresholds(dead_looks=4))
+    assert told(record, [UNIFORM] * 4)[-1] == ["dead"]
+    assert record.events == 0
+    assert told(record, [BROKEN]) == [["not_finite"]]
+    assert record.events == 1
+
+
 def test_an_older_checkpoint_begins_to_count_anew() -> None:
     record = HealthRecord(HealthThresholds(dead_looks=4))
     told(record, [UNIFORM] * 3)
